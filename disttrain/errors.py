@@ -1,0 +1,29 @@
+"""Every error that disttrain raises on purpose. Each message names the culprit and the mend."""
+
+
+class DisttrainError(Exception):
+    """Base class: the command line prints these in one line, without a traceback."""
+
+
+class ConfigError(DisttrainError, ValueError):
+    """An option, a model or an optimizer that cannot be trained as asked."""
+
+
+class BackendError(DisttrainError, RuntimeError):
+    """A communication backend that is unknown, not installed or cannot start here."""
+
+
+class DataError(DisttrainError, ValueError):
+    """A batch or a data file that cannot be used as it is."""
+
+
+class LossError(DisttrainError, ValueError):
+    """A loss that does not say what it sums and over how much weight, or labels that do not fit."""
+
+
+class GradientError(DisttrainError, ValueError):
+    """A variable that the loss does not reach."""
+
+
+class NonFiniteError(DisttrainError, ArithmeticError):
+    """Gradients or a loss that hold NaN or infinity; nothing was applied on any replica."""

@@ -1,0 +1,1 @@
+"""Gradients and variables: the tape, accumulation over micro-batches, and the transforms."""

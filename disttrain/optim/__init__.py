@@ -1,0 +1,1 @@
+"""Optimizers: preparing and applying, and the loss scale."""
