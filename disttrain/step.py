@@ -118,7 +118,13 @@ class TrainStep:
         if not applied:
             self._explain(report)
         return StepOutput(
-            report["loss"], report["weight"], report["grad_norm"], applied, report["metrics"], int(report["step"])
+            loss=report["loss"],
+            weight=report["weight"],
+            grad_norm=report["grad_norm"],
+            applied=applied,
+            metrics=report["metrics"],
+            step=int(report["step"]),
+            examples=report["examples"],
         )
 
     # The step, in the order of the picture ---------------------------------------------------------------------------
@@ -236,6 +242,7 @@ class TrainStep:
         return {
             "loss": tf.math.divide_no_nan(scalars["total"], scalars["weight"]),
             "weight": scalars["weight"],
+            "examples": scalars["examples"],
             "grad_norm": norm,
             "metrics": {name: tf.math.divide_no_nan(*pair) for name, pair in scalars["metrics"].items()},
             "applied": finite & (scalars["weight"] > 0) & tf.equal(violations, 0),

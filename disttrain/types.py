@@ -47,6 +47,7 @@ class StepOutput:
       applied: False where the step was skipped (a gradient that was not finite).
       metrics: name -> float32 scalar, the weighted mean over the whole batch.
       step: optimizer steps done so far, this one included.
+      examples: float32 scalar, the number of examples in the whole batch.
     """
 
     loss: tf.Tensor
@@ -55,6 +56,7 @@ class StepOutput:
     applied: bool
     metrics: dict[str, tf.Tensor]
     step: int
+    examples: tf.Tensor
 
 
 def as_loss(value: Any) -> Loss:

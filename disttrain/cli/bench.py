@@ -1,0 +1,66 @@
+"""`disttrain bench`: speed and memory, as ratios within one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed and memory against what one would write by hand."""
+
+
+@bench.command()
+@click.option(
+    "--model", "models", multiple=True, type=click.Choice(["mlp", "cnn", "transformer"]), help="Default: all three."
+)
+@click.option("--rounds", type=click.IntRange(min=5), default=40, show_default=True, help="Timed steps of each kind.")
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Also measure the memory of accumulation.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/bench"),
+    show_default=True,
+    help="Folder for step.json.",
+)
+def step(models: tuple[str, ...], rounds: int, memory: bool, out: Path) -> None:
+    """TrainStep against a hand-written tf.function loop; accumulation against one big batch."""
+    from disttrain.cli.quiet import import_tensorflow
+
+    import_tensorflow()
+    from rich.console import Console
+    from rich.table import Table
+
+    from disttrain.bench.memory import compare_memory
+    from disttrain.bench.step import compare_step
+    from disttrain.observe.summary import make_folder
+
+    folder = make_folder(out)
+    console = Console()
+    results: dict[str, list] = {"step": [], "memory": []}
+    table = Table(
+        "model", "jit", "by hand, ms", "TrainStep, ms", "ratio", title="time of one step (medians, interleaved)"
+    )
+    with console.status("timing") as status:
+        for model in models or ("mlp", "cnn", "transformer"):
+            status.update(f"timing {model}")
+            for row in compare_step(model, rounds):
+                results["step"].append(row)
+                table.add_row(
+                    model, row["jit"], f"{row['hand_ms']:.2f}", f"{row['ours_ms']:.2f}", f"{row['ratio']:.3f}"
+                )
+        if memory:
+            status.update("measuring memory")
+            results["memory"] = compare_memory()
+    console.print(table)
+    if memory:
+        table = Table("accumulate", "peak above start, MiB", "of the big batch", title="memory of one step")
+        for row in results["memory"]:
+            table.add_row(str(row["accumulate"]), f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}")
+        console.print(table)
+    path = folder / "step.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"results: {path}")

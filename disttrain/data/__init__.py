@@ -1,0 +1,1 @@
+"""Real data that is on every machine: scikit-learn's digits, and text."""

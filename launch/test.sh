@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs them. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+
+make_environment "[test]"
+say "checking style"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+say "running the tests"
+.venv/bin/python -m pytest -n 2 "$@"
