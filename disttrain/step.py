@@ -30,7 +30,7 @@ from disttrain.gradients.transforms import Transform, chain
 from disttrain.gradients.transforms.select import Select
 from disttrain.optim import keras_optimizer
 from disttrain.optim.loss_scale import LossScale
-from disttrain.types import Loss, StepOutput, Variable, as_loss, name_of
+from disttrain.types import Loss, StepOutput, Variable, name_of
 
 
 class TrainStep:
@@ -85,7 +85,7 @@ class TrainStep:
         self.before_reduce, self.after_reduce = chain(*before_reduce), chain(*after_reduce)
         self.on_none, self.on_nonfinite, self._jit_setting = on_none, on_nonfinite, jit
         self._choice, self._prepared = variables, False
-        if getattr(model, "built", True):
+        if getattr(model, "built", True) and getattr(model, "variables", True):
             self._prepare()
 
     def __call__(self, batch: Any) -> StepOutput:
@@ -150,7 +150,7 @@ class TrainStep:
             self.model,
             self.variables,
             self._state,
-            scale=self._scale(),
+            loss_scale=self._loss_scale.scale.read_value() if self._loss_scale else None,
             mean=self._holds_whole_batch,
             compiled="inline" if self._lockstep else mode,
         )
@@ -192,22 +192,23 @@ class TrainStep:
 
     # What they stand on ----------------------------------------------------------------------------------------------
 
-    def _scale(self) -> tf.Tensor | float:
-        return self._loss_scale.scale.read_value() if self._loss_scale else 1.0
-
     def _divide(self, gradients: list, scalars: dict) -> list:
-        """Sums to means. Where the tape has already divided by the weight, only the loss scale is left."""
-        if self._holds_whole_batch and not self._loss_scale:
+        """Sums to means. Where the tape has already divided by the weight, at most the loss scale is left."""
+        divisor = self._divisor(scalars)
+        if divisor is None:
             return gradients
-        weight = 1.0 if self._holds_whole_batch else scalars["weight"]
-        divisor = weight * self._scale()
         return [sparse.map_values(lambda x: tf.math.divide_no_nan(x, tf.cast(divisor, x.dtype)), g) for g in gradients]
+
+    def _divisor(self, scalars: dict) -> tf.Tensor | None:
+        factors = [] if self._holds_whole_batch else [scalars["weight"]]
+        factors += [self._loss_scale.scale.read_value()] if self._loss_scale else []
+        return functools.reduce(tf.multiply, factors) if factors else None
 
     def _transform_own(self, gradients: list, variables: list, scalars: dict) -> list:
         """Shows `before_reduce` this replica's mean gradient, and turns what it returns into a sum again."""
         means = [sparse.deduplicate(g) for g in self._divide(gradients, scalars)]
         means = self.before_reduce(means, variables)
-        factor = scalars["weight"] * self._scale()
+        factor = self._divisor(scalars)
         return [sparse.map_values(lambda x: x * tf.cast(factor, x.dtype), g) for g in means]
 
     def _sum_over_replicas(self, local: Sums, broken_here: tf.Tensor) -> tuple[Sums, tf.Tensor]:
@@ -249,7 +250,7 @@ class TrainStep:
             "finite": finite,
             "checks": scalars["checks"],
             "broken_gradients": ~tf.math.is_finite(squares),
-            "broken_replicas": broken_by_replica if self.comm.size > 1 else [~finite],
+            "broken_replicas": broken_by_replica if self.comm.size > 1 else tf.stack([~finite]),
         }
 
     def _reached(self, local: Sums) -> list[bool]:
@@ -273,9 +274,8 @@ class TrainStep:
     def _build_model(self, share: Any) -> None:
         """Makes the variables of a model that has not seen its input yet, without running it."""
         with self.comm.scope():
-            tf.function(
-                lambda batch: as_loss(self.loss_fn(self.model, batch)).total, autograph=False
-            ).get_concrete_function(share)
+            # Keras's own way to build a model by its input; not public, but the only one that takes any loss_fn.
+            keras.src.backend.compute_output_spec(lambda: self.loss_fn(self.model, share))
 
     def _prepare(self) -> None:
         comm = self.comm

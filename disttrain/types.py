@@ -82,6 +82,10 @@ def as_loss(value: Any) -> Loss:
             "loss_fn returned a 0-d tensor. A mean cannot be summed over micro-batches and replicas; return the "
             "per-example losses (reduction=None), or dt.Loss(total, weight) with the sum and what to divide it by"
         )
+    if value.shape.rank is None:
+        raise LossError(
+            "loss_fn returned losses of unknown shape; a vector [examples] is wanted: tf.ensure_shape(losses, [None]) says so"
+        )
     if value.shape.rank != 1:
         raise LossError(
             f"loss_fn returned losses of shape {value.shape}; a vector [examples] is wanted. "
@@ -96,6 +100,11 @@ def _scalar(name: str, value: Any) -> tf.Tensor:
     if value.shape.rank != 0:
         raise LossError(f"dt.Loss: {name} has shape {value.shape}; a scalar is wanted (sum it over the examples)")
     return value
+
+
+def tf_variable(variable: Variable) -> tf.Variable:
+    """The TensorFlow variable in a Keras variable."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def name_of(variable: Variable) -> str:

@@ -80,3 +80,14 @@ def test_an_error_of_our_own_is_said():
     for broken in (2e-6, float("nan")):
         with pytest.raises(DisttrainError, match="disttrain's own error is above 1e-06: plain"):
             why._check([Outcome(CASES[0], 0.5, None, None, broken)])
+
+
+def test_a_sentence_that_the_run_belies_is_not_printed():
+    from disttrain.lesson.case import Outcome
+    from disttrain.lesson.cases import CASES
+    from disttrain.lesson.report import lesson
+
+    accumulation = next(case for case in CASES if case.key == "accumulation")
+    assert lesson(Outcome(accumulation, None, "RuntimeError", "merge_call", 1e-7)) == accumulation.lesson
+    assert "(raises): the update is right" in lesson(Outcome(accumulation, 1e-7, None, None, 1e-7))
+    assert "(right): no such device" in lesson(Outcome(CASES[0], None, "ValueError", "no such device", 1e-7))

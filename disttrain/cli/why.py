@@ -76,7 +76,7 @@ def _show(console: Console, outcomes: list[Outcome], files: list[Path]) -> None:
 
 
 def _check(outcomes: list[Outcome]) -> None:
-    from disttrain.lesson.cases import PROMISE
+    from disttrain.lesson.case import PROMISE
 
     broken = [f"{o.case.key} {o.error:.2g}" for o in outcomes if not o.error <= PROMISE]
     if broken:

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from disttrain.comm import shares
 from disttrain.errors import BackendError
+from disttrain.types import tf_variable
 
 
 class LocalCommunicator:
@@ -23,8 +24,7 @@ class LocalCommunicator:
         return contextlib.nullcontext()
 
     def owns(self, variable):
-        value = getattr(variable, "value", variable)
-        return not isinstance(value, tf.distribute.DistributedValues)
+        return not isinstance(tf_variable(variable), tf.distribute.DistributedValues)
 
     def run(self, fn, args=(), *, fused=False):
         return tf.function(fn, jit_compile=True, autograph=False)(*args) if fused else fn(*args)

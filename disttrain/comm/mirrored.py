@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from disttrain.comm import shares
 from disttrain.errors import BackendError
+from disttrain.types import tf_variable
 
 
 class MirroredCommunicator:
@@ -33,7 +34,7 @@ class MirroredCommunicator:
         return self._strategy.scope()
 
     def owns(self, variable):
-        return self._strategy.extended.variable_created_in_scope(getattr(variable, "value", variable))
+        return self._strategy.extended.variable_created_in_scope(tf_variable(variable))
 
     def run(self, fn, args=(), *, fused=False):
         # Never fused: variables of several devices are updated by merge_call, which XLA does not know.
@@ -54,11 +55,14 @@ class MirroredCommunicator:
 
     def local_values(self, value):
         leaves = [self._by_replica(leaf) for leaf in tf.nest.flatten(value)]
-        return [tf.nest.pack_sequence_as(value, mine) for mine in zip(*leaves, strict=True)]
+        return [tf.nest.pack_sequence_as(value, [leaf[i] for leaf in leaves]) for i in range(self.size)]
 
     def local_shares(self, batch):
         if any(isinstance(leaf, tf.distribute.DistributedValues) for leaf in tf.nest.flatten(batch)):
-            return self.local_values(batch)
+            values = self.local_values(batch)
+            for value in values:
+                shares.count_examples(value)
+            return values
         return shares.split(batch, self.size)
 
     def distribute(self, dataset):

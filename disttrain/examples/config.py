@@ -37,6 +37,12 @@ class TrainConfig:
     seed: int = 0
     text: Path | None = None
 
+    def __post_init__(self):
+        if not self.lr > 0:
+            raise ConfigError(f"--lr {self.lr}: must be above zero")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"--clip-norm {self.clip_norm}: must be above zero, or 0 for no clipping")
+
     def length(self) -> dict[str, int | None]:
         """For `Trainer.fit`: as many steps as asked for, else as many epochs."""
         return {"steps": self.steps} if self.steps else {"epochs": self.epochs}

@@ -75,8 +75,8 @@ class JitChoice:
             )
 
     def give_up(self, plan: Plan, error: Exception) -> bool:
-        """Whether a step that failed should be done again with less XLA: only if this plan has never worked."""
-        if plan in self._worked:
+        """Whether a step that failed should be done again with less XLA: only if it is XLA that cannot compile it."""
+        if plan in self._worked or not any(word in str(error) for word in ("XLA", "xla", "uncompilable")):
             return False
         if plan.tape == "xla" and self._choosing and not self.choice:
             self.choice, self._choosing = "graph", False

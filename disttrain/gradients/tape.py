@@ -9,7 +9,8 @@ import keras
 import tensorflow as tf
 
 from disttrain.errors import ConfigError
-from disttrain.types import Gradient, Variable, as_loss
+from disttrain.gradients import sparse
+from disttrain.types import Gradient, Loss, Variable, as_loss, tf_variable
 
 
 class Sums(NamedTuple):
@@ -66,7 +67,7 @@ class MicroBatch:
       model: passed to `loss_fn`.
       variables: whose gradients are computed. Nothing else is watched, so frozen variables cost nothing.
       state: of the model.
-      scale: the loss is multiplied by it before the backward pass (loss scale), float32 scalar.
+      loss_scale: for float16, float32 scalar: gradients come out that much larger. None: no scaling.
       mean: divides by this micro-batch's weight already before the backward pass. Right only where this is the
         whole batch: it spares one pass over all gradients.
       compiled: "xla" and "graph" give a function of its own, which can be called in a loop; "inline" does not, so
@@ -80,12 +81,12 @@ class MicroBatch:
         variables: Sequence[Variable],
         state: ModelState,
         *,
-        scale: tf.Tensor | float = 1.0,
+        loss_scale: tf.Tensor | None = None,
         mean: bool = False,
         compiled: str = "graph",
     ):
         self._loss_fn, self._model, self.variables, self._state = loss_fn, model, list(variables), state
-        self._scale, self._mean = scale, mean
+        self._loss_scale, self._mean = loss_scale, mean
         self.updated: list[int] = []
         self._call = self._tape
         if compiled != "inline":
@@ -112,13 +113,14 @@ class MicroBatch:
 
     def _tape(self, batch, statistics, seeds) -> Sums:
         known = self._state.statistics + self._state.seeds
-        watched = [getattr(v, "value", v) if isinstance(v, keras.Variable) else v for v in self.variables]
+        watched = [tf_variable(v) for v in self.variables]
         with _RecordingScope(zip(known, statistics + seeds, strict=True)) as scope:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(watched)
                 loss = as_loss(self._loss_fn(self._model, batch))
-            seed = tf.math.divide_no_nan(self._scale, loss.weight) if self._mean else self._scale
-            gradients = tape.gradient(loss.total, watched, output_gradients=tf.cast(seed, tf.float32))
+            gradients = tape.gradient(loss.total, watched, output_gradients=self._seed(loss))
+        if self._loss_scale is not None and not self._mean:
+            gradients = [sparse.map_values(lambda x: x * tf.cast(loss.weight, x.dtype), g) for g in gradients]
         scope.refuse_unknown(known)
         self.updated = [i for i, v in enumerate(self._state.statistics) if v in scope]
         scalars = {
@@ -131,6 +133,16 @@ class MicroBatch:
         new = [scope.get_current_value(self._state.statistics[i]) for i in self.updated]
         return Sums(gradients, scalars, new)
 
+    def _seed(self, loss: Loss) -> tf.Tensor:
+        """What the backward pass starts from: 1 gives the gradient of the sum.
+
+        Under a loss scale it starts from the mean, since float16 has no room for the sums of large batches; the weight
+        is put back in float32.
+        """
+        if self._loss_scale is None and not self._mean:
+            return tf.constant(1.0)
+        return tf.math.divide_no_nan(1.0 if self._loss_scale is None else self._loss_scale, loss.weight)
+
 
 class _RecordingScope(keras.StatelessScope):
     """A stateless scope that remembers which variables were given new values."""
@@ -142,6 +154,11 @@ class _RecordingScope(keras.StatelessScope):
     def add_update(self, update):
         self._assigned.append(update[0])
         super().add_update(update)
+
+    def get_current_value(self, variable):
+        # Keras asks here for the weights that regularizers penalize, and takes None for their value.
+        value = super().get_current_value(variable)
+        return variable._value if value is None else value
 
     def __contains__(self, variable):
         return any(variable is v for v in self._assigned)

@@ -9,6 +9,7 @@ from typing import Literal
 import keras
 import numpy as np
 
+PROMISE = 1e-6
 NOT_INSTALLED = "not installed"
 
 
@@ -22,6 +23,7 @@ class Case:
       what: what it is asked for.
       lesson: what went wrong in the peer, and why.
       peer: trains as this case says, and returns the update, or one for each rank [ranks, weights].
+      expected: what the sentence in `lesson` is about; of anything else it would be untrue.
       sizes: examples in each batch of the whole group; an optimizer step for each.
       weights: sample weights, 12 zeros before 20 ones.
       clip: how the averaged gradient is to be clipped, with `limit`.
@@ -36,6 +38,7 @@ class Case:
     what: str
     lesson: str
     peer: Callable[[Case], np.ndarray]
+    expected: Literal["right", "wrong", "raises"] = "wrong"
     sizes: tuple[int, ...] = (32,)
     weights: bool = False
     clip: Literal["global_clipnorm", "clipvalue"] | None = None
@@ -78,14 +81,11 @@ class Outcome:
     error: float
 
     @property
-    def skipped(self) -> bool:
-        """Whether the peer could not be tried."""
-        return self.peer_failure == NOT_INSTALLED
-
-    @property
-    def raised(self) -> bool:
-        """Whether the peer was tried, and raised."""
-        return self.peer_failure is not None and not self.skipped
+    def kind(self) -> str:
+        """What became of the peer: "right", "wrong", "raises" or "not installed"."""
+        if self.peer_error is None:
+            return NOT_INSTALLED if self.peer_failure == NOT_INSTALLED else "raises"
+        return "right" if self.peer_error <= PROMISE else "wrong"
 
 
 def build_model() -> keras.Model:

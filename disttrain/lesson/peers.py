@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,5 +118,11 @@ def horovod_on_two(case: Case) -> np.ndarray:
             command, env=os.environ | as_root, timeout=HOROVOD_SECONDS, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise RuntimeError(f"mpirun ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+            raise RuntimeError(f"mpirun ended with {done.returncode}: {_last_error(done.stderr)}")
         return np.stack([np.load(Path(folder, f"{rank}.npy")) for rank in range(2)])
+
+
+def _last_error(stderr: str) -> str:
+    """The line in which Python names the exception; what Open MPI adds below it says less."""
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["nothing on stderr"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])

@@ -13,8 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from disttrain.lesson.case import Outcome
-from disttrain.lesson.cases import PROMISE
+from disttrain.lesson.case import NOT_INSTALLED, PROMISE, Outcome
 from disttrain.lesson.report import MEASURE, number, plain
 
 PEER, OURS, INK, FAINT = "#c4483a", "#2b6c9e", "#222222", "#8a8a8a"
@@ -41,7 +40,7 @@ def _draw(axes: Axes, row: int, outcome: Outcome) -> None:
     axes.text(LABELS, below, plain(outcome.case.what), ha="left", va="center")
     if outcome.peer_error is not None:
         _bar(axes, above, outcome.peer_error, PEER)
-    elif outcome.skipped:
+    elif outcome.kind == NOT_INSTALLED:
         _words(axes, above, outcome.peer_failure, color=FAINT, style="italic")
     else:
         _words(axes, above, f"✗ {outcome.peer_failure}", color=PEER, weight="bold")

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import disttrain
-from disttrain.lesson.case import Outcome
-from disttrain.lesson.cases import PROMISE
+from disttrain.lesson.case import NOT_INSTALLED, PROMISE, Outcome
 
 MEASURE = "error of the update: ‖Δw - Δw_ref‖ / ‖Δw_ref‖; at 1 it is as far off as the update is long"
 
@@ -35,8 +34,13 @@ def peer_result(outcome: Outcome) -> str:
 
 
 def lesson(outcome: Outcome) -> str:
-    """What went wrong; of a peer that is not installed, only that."""
-    return outcome.peer_message if outcome.skipped else outcome.case.lesson
+    """What went wrong. Only that it was not run, where it was not; and no sentence that this run has belied."""
+    if outcome.kind == NOT_INSTALLED:
+        return outcome.peer_message
+    if outcome.kind != outcome.case.expected:
+        said = outcome.peer_message or f"the update is {outcome.kind}"
+        return f"Not what is known of these versions ({outcome.case.expected}): {said.replace('|', '/')}"
+    return outcome.case.lesson
 
 
 def terminal_table(outcomes: Sequence[Outcome]) -> Table:
@@ -55,16 +59,14 @@ def terminal_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _peer_style(outcome: Outcome) -> str:
-    if outcome.skipped:
-        return "dim"
-    return "green" if outcome.peer_error is not None and outcome.peer_error <= PROMISE else "bold red"
+    return {"right": "green", NOT_INSTALLED: "dim"}.get(outcome.kind, "bold red")
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
     """The same table, to be pasted into the README."""
     lines = ["| the peer | its error | disttrain | what goes wrong |", "|---|---|---|---|"]
     for outcome in outcomes:
-        result = f"`{peer_result(outcome)}`" if outcome.raised else peer_result(outcome)
+        result = f"`{peer_result(outcome)}`" if outcome.kind == "raises" else peer_result(outcome)
         lines.append(f"| {outcome.case.name} | {result} | {number(outcome.error)} | {lesson(outcome)} |")
     notes = ", ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join([*lines, "", f"Measured by `disttrain why` with {notes}.", ""])
@@ -83,7 +85,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "peer_failure": outcome.peer_failure,
         "peer_message": outcome.peer_message,
         "disttrain_error": outcome.error,
-        "lesson": plain(outcome.case.lesson),
+        "lesson": plain(lesson(outcome)),
     }
 
 

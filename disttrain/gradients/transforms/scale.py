@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 
 import tensorflow as tf
 
 from disttrain.gradients import sparse
 from disttrain.gradients.transforms.chain import Transform
-from disttrain.types import name_of
+from disttrain.gradients.transforms.select import fits
 
 
 def scale_by_layer(factors: Mapping[str, float]) -> Transform:
@@ -19,7 +18,7 @@ def scale_by_layer(factors: Mapping[str, float]) -> Transform:
     """
 
     def factor_of(variable) -> float:
-        return next((f for pattern, f in factors.items() if fnmatch.fnmatch(name_of(variable), pattern)), 1.0)
+        return next((f for pattern, f in factors.items() if fits(variable, pattern)), 1.0)
 
     def scale(gradients, variables):
         factors = map(factor_of, variables)

@@ -23,6 +23,14 @@ def only(*patterns: str) -> Select:
     return Select(f"only{patterns}", patterns, bool)
 
 
+def fits(variable: Variable, pattern: str) -> bool:
+    """Whether a shell pattern fits the variable's path or the end of it.
+
+    "head/*" fits "head/kernel" and "sequential_3/head/kernel": Keras numbers models, and nobody should have to know how.
+    """
+    return any(fnmatch.fnmatch(name_of(variable), p) for p in (pattern, f"*/{pattern}"))
+
+
 class Select:
     """A choice of variables; as a transform, it takes the gradients of the others away."""
 
@@ -37,10 +45,10 @@ class Select:
         Raises:
           ConfigError: a pattern fits no variable, or nothing is left to train.
         """
-        names = [name_of(v) for v in variables]
         for pattern in self._patterns:
-            if not fnmatch.filter(names, pattern):
-                raise ConfigError(f"{self._name}: {pattern!r} fits none of the variables {', '.join(names)}")
+            if not any(fits(v, pattern) for v in variables):
+                names = ", ".join(map(name_of, variables))
+                raise ConfigError(f"{self._name}: {pattern!r} fits none of the variables {names}")
         kept = [v for v in variables if self._trains(v)]
         if not kept:
             raise ConfigError(f"{self._name} leaves no variable to train")
@@ -50,4 +58,4 @@ class Select:
         return [g if self._trains(v) else None for g, v in zip(gradients, variables, strict=True)]
 
     def _trains(self, variable: Variable) -> bool:
-        return self._keep(any(fnmatch.fnmatch(name_of(variable), pattern) for pattern in self._patterns))
+        return self._keep(any(fits(variable, pattern) for pattern in self._patterns))
