@@ -30,7 +30,7 @@ from disttrain.gradients.transforms import Transform, chain
 from disttrain.gradients.transforms.select import Select
 from disttrain.optim import keras_optimizer
 from disttrain.optim.loss_scale import LossScale
-from disttrain.types import Loss, StepOutput, Variable, name_of
+from disttrain.types import Loss, StepOutput, Variable, as_loss, name_of
 
 
 class TrainStep:
@@ -273,9 +273,10 @@ class TrainStep:
 
     def _build_model(self, share: Any) -> None:
         """Makes the variables of a model that has not seen its input yet, without running it."""
-        with self.comm.scope():
-            # Keras's own way to build a model by its input; not public, but the only one that takes any loss_fn.
-            keras.src.backend.compute_output_spec(lambda: self.loss_fn(self.model, share))
+        # In a stateless scope Keras notes what variables are wanted, and makes them at its end, outside the trace.
+        with self.comm.scope(), keras.StatelessScope():
+            build = tf.function(lambda: as_loss(self.loss_fn(self.model, share)).total, autograph=False)
+            build.get_concrete_function()
 
     def _prepare(self) -> None:
         comm = self.comm

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import resource
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from disttrain.errors import DisttrainError
@@ -52,7 +53,9 @@ def _peak_of_steps(accumulate: int) -> float:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this process. getrusage would not do: its maximum is inherited from the parent through fork and exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ _SEED = 1
 # Name -> how to make the model, and examples in a batch.
 WORKLOADS: dict[str, tuple[Callable[[], keras.Model], int]] = {
     "mlp": (mlp, 64),
-    "cnn": (cnn, 32),
+    "cnn": (cnn, 128),
     "transformer": (transformer, 8),
 }
 

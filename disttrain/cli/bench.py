@@ -52,12 +52,13 @@ def step(models: tuple[str, ...], rounds: int, memory: bool, out: Path) -> None:
                 table.add_row(
                     model, row["jit"], f"{row['hand_ms']:.2f}", f"{row['ours_ms']:.2f}", f"{row['ratio']:.3f}"
                 )
-        if memory:
-            status.update("measuring memory")
-            results["memory"] = compare_memory()
     console.print(table)
     if memory:
-        table = Table("accumulate", "peak above start, MiB", "of the big batch", title="memory of one step")
+        with console.status("measuring memory"):
+            results["memory"] = compare_memory()
+        table = Table(
+            "accumulate", "peak above start, MiB", "of the big batch", title="memory of one step, CNN, 2,048 images"
+        )
         for row in results["memory"]:
             table.add_row(str(row["accumulate"]), f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}")
         console.print(table)
