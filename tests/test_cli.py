@@ -11,10 +11,10 @@ import pytest
 import disttrain
 
 
-def run(*arguments, folder, code=0):
+def run(*arguments, folder, code=0, **variables):
     """Runs `disttrain` and returns what it printed on stdout and stderr."""
     command = [str(Path(sys.executable).parent / "disttrain"), *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TF_")} | {"COLUMNS": "100"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TF_")} | {"COLUMNS": "100", **variables}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
@@ -123,6 +123,11 @@ def test_errors_are_one_line(tmp_path, arguments, sentence):
     assert said.startswith("disttrain: error: ")
     assert sentence in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_keras_is_told_to_run_on_tensorflow(tmp_path):
+    said, _ = run("train", "digits", "--steps", 1, folder=tmp_path, KERAS_BACKEND="jax")
+    assert "1 steps on 1 replicas (local)" in said
 
 
 def test_debug_shows_the_traceback(tmp_path):

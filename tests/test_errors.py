@@ -321,3 +321,9 @@ def test_importing_disttrain_does_not_import_tensorflow():
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match=re.escape("module 'disttrain' has no attribute 'minimize'")):
         dt.minimize  # noqa: B018
+
+
+def test_keras_on_another_engine(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(BackendError, match="Keras runs on jax, not TensorFlow: set KERAS_BACKEND=tensorflow"):
+        dt.init("local")

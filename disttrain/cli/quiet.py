@@ -12,6 +12,7 @@ from collections.abc import Iterator
 def import_tensorflow() -> None:
     """Imports TensorFlow and Keras; what they write to stderr is shown only where the import fails."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ["KERAS_BACKEND"] = "tensorflow"
     with _held_back_stderr():
         import keras  # noqa: F401
         import tensorflow as tf

@@ -38,6 +38,7 @@ def why(out: Path) -> None:
     # Replicas are logical CPU devices, on a machine with GPUs too: anyone can run this, and no TF32 blurs the measure.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    os.environ["KERAS_BACKEND"] = "tensorflow"
     with _stderr_to(out / "why.log"):
         outcomes = _run(console)
         files = _write(outcomes, out)

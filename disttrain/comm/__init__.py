@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import keras
 import tensorflow as tf
 
 from disttrain.comm.communicator import Communicator
@@ -26,10 +27,12 @@ def init(backend: str = "auto", *, replicas: int | None = None) -> Communicator:
       replicas: number of replicas, for "mirrored" and "auto". GPUs where there are any, else logical CPU devices.
 
     Raises:
-      BackendError: the backend is unknown or cannot start here, or a launcher started several processes, which
-        these backends would train as so many unrelated models.
+      BackendError: the backend is unknown or cannot start here, Keras does not run on TensorFlow, or a launcher started
+        several processes, which these backends would train as so many unrelated models.
       ConfigError: `replicas` does not fit the backend.
     """
+    if keras.backend.backend() != "tensorflow":
+        raise BackendError(f"Keras runs on {keras.backend.backend()}, not TensorFlow: set KERAS_BACKEND=tensorflow")
     if replicas is not None and (not isinstance(replicas, int) or replicas < 1):
         raise ConfigError(f"replicas={replicas!r}: a whole number of 1 or more is wanted")
     if backend == "auto":

@@ -22,7 +22,7 @@ def train(config: TrainConfig) -> tuple[keras.Model, dict[str, Any]]:
     # The head alone is a linear problem, which bears a larger learning rate.
     for phase, kept, variables, lr in (
         ("digits 0 to 4", range(5), None, config.lr),
-        ("digits 5 to 9", range(5, 10), dt.transforms.only("*/head/*"), 10 * config.lr),
+        ("digits 5 to 9", range(5, 10), dt.transforms.only("head/*"), 10 * config.lr),
     ):
         if variables is not None:
             freeze_statistics(model)
