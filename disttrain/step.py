@@ -135,6 +135,8 @@ class TrainStep:
         reached = self._reached(local)
         gradients, statistics, report = self.comm.run(self._all_reduce, (local, reached))
         report = self.comm.local_values(report)[0]
+        # The number of rows in IndexedSlices differs from batch to batch, and XLA would compile anew each time.
+        fused = fused and not any(isinstance(g, tf.IndexedSlices) for g in gradients)
         with keras_optimizer.no_second_reduce(self.optimizer):
             apply = functools.partial(self.comm.run, self._apply, (gradients, statistics, reached), fused=fused)
             tf.cond(report["applied"], apply, lambda: None)

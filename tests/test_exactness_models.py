@@ -11,6 +11,7 @@ import tensorflow as tf
 from helpers import assert_replicas_equal, relative_error, share, weights
 
 import disttrain as dt
+from disttrain.gradients import sparse
 
 LAYERS = keras.layers
 
@@ -488,3 +489,20 @@ def test_plain_module_of_tf_variables(comms, backend, sizes, jit):
         step(share(comm, batch, sizes))
     assert relative_error(weights(model), before, last) <= 1e-5
     assert_replicas_equal(comm, model.trainable_variables)
+
+
+@pytest.mark.parametrize(("backend", "sizes"), [("local", [11]), ("mirrored3", [2, 0, 9])])
+def test_small_embeddings_become_dense(comms, backend, sizes, monkeypatch):
+    """As outside the tests, where `SMALL` is not zero; and every batch has other tokens, but the step one trace."""
+    monkeypatch.setattr(sparse, "SMALL", 1 << 20)
+    calls = []
+    loss_fn = dt.losses.sparse_categorical_crossentropy()
+
+    def counted(model, batch):
+        calls.append(batch)
+        return loss_fn(model, batch)
+
+    optimizer = lambda: keras.optimizers.SGD(2.0, momentum=0.9)  # noqa: E731
+    options = {"limit": 0.05, "accumulate": 2}
+    compare(comms[backend], sizes, tied, optimizer, counted, mean_crossentropy, token_batches(10), **options)
+    assert len(calls) == len(sizes)

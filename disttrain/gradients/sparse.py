@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+# Elements of a variable up to which its gradient is made dense at once: cheaper than looking after its rows.
+SMALL = 1 << 20
+
 
 def map_values(fn: Callable[[tf.Tensor], tf.Tensor], gradient):
     """Applies an elementwise function that maps 0 to 0; on IndexedSlices to their values alone. None stays None."""
@@ -35,6 +38,11 @@ def densify(gradient, variable) -> tf.Tensor:
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient
     return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
+
+
+def densify_small(gradient, variable):
+    """Dense for variables of up to `SMALL` elements; else as it is."""
+    return densify(gradient, variable) if tf.TensorShape(variable.shape).num_elements() <= SMALL else gradient
 
 
 def add(left, right):

@@ -119,6 +119,7 @@ class MicroBatch:
                 tape.watch(watched)
                 loss = as_loss(self._loss_fn(self._model, batch))
             gradients = tape.gradient(loss.total, watched, output_gradients=self._seed(loss))
+        gradients = [sparse.densify_small(g, v) for g, v in zip(gradients, self.variables, strict=True)]
         if self._loss_scale is not None and not self._mean:
             gradients = [sparse.map_values(lambda x: x * tf.cast(loss.weight, x.dtype), g) for g in gradients]
         scope.refuse_unknown(known)
