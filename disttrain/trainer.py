@@ -53,7 +53,7 @@ class Trainer:
           mean over the last epoch, "loss" among them.
 
         Raises:
-          ConfigError: both or none of epochs and steps make sense.
+          ConfigError: both epochs and steps are given, or one is not a whole number of 1 or more.
           DataError: the data set is empty.
         """
         if epochs is not None and steps is not None:
@@ -137,6 +137,9 @@ class _Means:
             sums[0] += total
             sums[1] += weight
 
+    def __bool__(self):
+        return bool(self._sums)
+
     def means(self) -> dict[str, float]:
         if not self._sums or self._sums["loss"][1] <= 0:
             raise DataError("there is nothing to average: the data set is empty or has no weight")
@@ -178,5 +181,6 @@ class _Run:
             "seconds": round(time.perf_counter() - self._start, 3),
             "examples_per_second": round(self.speed(), 1),
             "grad_norm": float(self._last.grad_norm),
-            "train": self.means.means(),
+            # Empty where the last epoch applied no step: a run is not to be lost for want of an average.
+            "train": self.means.means() if self.means else {},
         }

@@ -53,6 +53,14 @@ def test_means_of_an_epoch_are_weighted_by_batch(comms):
     assert summary["train"] == pytest.approx(trainer.evaluate(dataset()), rel=1e-6)
 
 
+def test_an_epoch_without_an_applied_step_is_no_error(local):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    loss_fn = dt.losses.sparse_categorical_crossentropy()
+    step = dt.TrainStep(model, keras.optimizers.SGD(0.1), loss_fn=loss_fn, comm=local, jit=False, on_nonfinite="skip")
+    summary = dt.Trainer(step, progress=False).fit([(np.full_like(X, np.nan), Y)], epochs=1)
+    assert (summary["steps"], summary["skipped"], summary["train"]) == (1, 1, {})
+
+
 def test_mistakes(local):
     trainer, _ = make(local)
     with pytest.raises(ConfigError, match="epochs=1 and steps=2: give one of the two"):
