@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import platform
 
 import keras
 import tensorflow as tf
 
+from disttrain.comm.buckets import Wire
 from disttrain.comm.communicator import Communicator
 from disttrain.comm.local import LocalCommunicator
 from disttrain.comm.mirrored import MirroredCommunicator
@@ -14,48 +18,102 @@ from disttrain.errors import BackendError, ConfigError
 
 __all__ = ["Communicator", "init"]
 
-# Set by launchers that start one process per rank; the value is the number of ranks.
+BACKENDS = ("auto", "local", "mirrored", "multiworker", "horovod", "mpi")
+
+# Set by launchers that start one process for each rank; the value is the number of ranks.
 _WORLD_SIZE_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def init(backend: str = "auto", *, replicas: int | None = None) -> Communicator:
+def init(
+    backend: str = "auto",
+    *,
+    replicas: int | None = None,
+    bucket_mib: float = 25,
+    wire_dtype: str | None = None,
+    stall_timeout: float = 120,
+) -> Communicator:
     """Joins the group of replicas that train together. Call it before anything else uses TensorFlow.
 
     Args:
-      backend: "local" (one device), "mirrored" (the devices of this machine), or "auto": mirrored where there are
-        several GPUs or `replicas` asks for several, else local.
+      backend: "local" (one device), "mirrored" (the devices of this machine), "horovod" or "mpi" (processes started by
+        horovodrun or mpirun), "multiworker" (processes that `TF_CONFIG` or Slurm describes), or "auto": where a launcher
+        started several processes, horovod if it is built, else mpi; where TF_CONFIG is set, multiworker; where there are
+        several GPUs or `replicas` asks for several, mirrored; else local.
       replicas: number of replicas, for "mirrored" and "auto". GPUs where there are any, else logical CPU devices.
+      bucket_mib: MiB of gradients that travel together between processes.
+      wire_dtype: "float16" or "bfloat16" halves the traffic of large float32 tensors between processes; they are scaled
+        so that no sum overflows. None: as they are.
+      stall_timeout: seconds after which a process that has stopped, or that the others wait for in vain, ends them all
+        with an error that names it. Between processes only.
 
     Raises:
-      BackendError: the backend is unknown or cannot start here, Keras does not run on TensorFlow, or a launcher started
-        several processes, which these backends would train as so many unrelated models.
-      ConfigError: `replicas` does not fit the backend.
+      BackendError: the backend is unknown or cannot start here, Keras does not run on TensorFlow, a launcher started
+        several processes, which this backend would train as so many unrelated models, or the ranks differ in their
+        versions or in these options.
+      ConfigError: `replicas` does not fit the backend, or an option is out of range.
     """
     if keras.backend.backend() != "tensorflow":
         raise BackendError(f"Keras runs on {keras.backend.backend()}, not TensorFlow: set KERAS_BACKEND=tensorflow")
+    if backend not in BACKENDS:
+        raise BackendError(
+            f"unknown backend {backend!r}: use {', '.join(map(repr, BACKENDS[:-1]))} or {BACKENDS[-1]!r}"
+        )
     if replicas is not None and (not isinstance(replicas, int) or replicas < 1):
         raise ConfigError(f"replicas={replicas!r}: a whole number of 1 or more is wanted")
+    if not stall_timeout > 0:
+        raise ConfigError(f"stall_timeout={stall_timeout!r}: seconds above zero are wanted")
+    wire = Wire(bucket_mib, wire_dtype)
     if backend == "auto":
-        _refuse_many_processes()
-        several = replicas > 1 if replicas else len(tf.config.list_physical_devices("GPU")) > 1
-        backend = "mirrored" if several else "local"
-    if backend == "local":
-        if replicas not in (None, 1):
-            raise ConfigError(f"backend 'local' has one replica, {replicas} asked for: use backend 'mirrored'")
-        return LocalCommunicator()
+        backend = _choose(replicas)
     if backend == "mirrored":
         return MirroredCommunicator(replicas)
-    raise BackendError(f"unknown backend {backend!r}: use 'auto', 'local' or 'mirrored'")
+    if backend == "local":
+        _refuse_replicas(backend, replicas, "use backend 'mirrored'")
+        return LocalCommunicator()
+    _refuse_replicas(backend, replicas, "leave it out, the launcher says how many processes there are")
+    comm = _processes(backend, wire, stall_timeout)
+    _agree(comm, {"bucket_mib": bucket_mib, "wire_dtype": wire_dtype, "stall_timeout": stall_timeout})
+    return comm
 
 
-def _refuse_many_processes() -> None:
-    for name in _WORLD_SIZE_VARIABLES:
-        if int(os.environ.get(name) or 1) > 1:
-            raise BackendError(
-                f"{name}={os.environ[name]}: a launcher started several processes, and no backend for several processes "
-                "is available; start one process with backend='mirrored'"
-            )
+def _choose(replicas: int | None) -> str:
+    if any(int(os.environ.get(name) or 1) > 1 for name in _WORLD_SIZE_VARIABLES):
+        return "horovod" if importlib.util.find_spec("horovod") else "mpi"
     if os.environ.get("TF_CONFIG"):
-        raise BackendError(
-            "TF_CONFIG is set, but no backend for several workers is available: unset it, or use backend='mirrored'"
-        )
+        return "multiworker"
+    several = replicas > 1 if replicas else len(tf.config.list_physical_devices("GPU")) > 1
+    return "mirrored" if several else "local"
+
+
+def _processes(backend: str, wire: Wire, stall_timeout: float) -> Communicator:
+    # Imported here: each needs what the others do not.
+    if backend == "horovod":
+        from disttrain.comm.horovod import HorovodCommunicator
+
+        return HorovodCommunicator(wire, stall_timeout)
+    if backend == "mpi":
+        from disttrain.comm.mpi import MpiCommunicator
+
+        return MpiCommunicator(wire, stall_timeout)
+    from disttrain.comm.multiworker import MultiWorkerCommunicator
+
+    return MultiWorkerCommunicator(wire, stall_timeout)
+
+
+def _refuse_replicas(backend: str, replicas: int | None, mend: str) -> None:
+    if replicas not in (None, 1):
+        raise ConfigError(f"backend {backend!r} has one replica a process, {replicas} asked for: {mend}")
+
+
+def _agree(comm: Communicator, options: dict) -> None:
+    """Every rank raises, naming the odd ones, where ranks differ in what they run."""
+    mine = {name: importlib.metadata.version(name) for name in ("disttrain", "tensorflow", "keras")}
+    mine |= {"Python": platform.python_version(), "backend": comm.name, **options}
+    by_rank = comm.all_gather_object(mine)
+    for name in mine:
+        said = [theirs.get(name) for theirs in by_rank]
+        odd = [rank for rank, value in enumerate(said) if value != said[0]]
+        if odd:
+            raise BackendError(
+                f"ranks disagree on {name}: {said[0]} on rank 0, {said[odd[0]]} on rank {odd[0]}: make them equal"
+            )

@@ -88,5 +88,8 @@ class Communicator(Protocol):
     def barrier(self) -> None:
         """Returns when all workers have come here."""
 
+    def waiting(self, what: str) -> AbstractContextManager:
+        """Within it this worker is in a collective or on its way there; `what` says which, should others wait in vain."""
+
     def close(self) -> None:
         """Leaves the group. The communicator cannot be used afterwards."""

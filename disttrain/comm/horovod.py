@@ -1,0 +1,136 @@
+"""Many processes, one replica each, over Horovod's tensor ops (Sergeev and Del Balso, Horovod, 2018): NCCL, MPI, Gloo.
+
+Its Python layers for optimizers and tapes do not work with Keras 3, and are not used.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import tensorflow as tf
+
+from disttrain.comm import buckets, devices, order
+from disttrain.comm.one_replica import OneReplica
+from disttrain.comm.watchdog import Watchdog
+from disttrain.errors import BackendError, ConfigError
+from disttrain.types import tf_variable
+
+
+class HorovodCommunicator(OneReplica):
+    """A group of one replica a process. See `Communicator`; `all_reduce` knows the op "adasum" as well.
+
+    Args:
+      wire: how tensors are packed.
+      stall_timeout: seconds; see `Watchdog`. None: no watchdog.
+
+    Raises:
+      BackendError: Horovod is not built, or there are fewer GPUs than ranks on this machine.
+    """
+
+    name = "horovod"
+
+    def __init__(self, wire: buckets.Wire, stall_timeout: float | None):
+        self._hvd, self._ops = _import()
+        if stall_timeout:
+            # Horovod's own guard knows tensors that some ranks have not sent; the watchdog knows ranks.
+            os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, int(stall_timeout / 2))))
+            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, int(stall_timeout))))
+        self._hvd.init()
+        self.rank, self.size, self.local_rank = self._hvd.rank(), self._hvd.size(), self._hvd.local_rank()
+        self.is_chief, self._wire = self.rank == 0, wire
+        devices.claim(self.local_rank, self._hvd.local_size())
+        self._watchdog = None
+        if self.size > 1 and stall_timeout:
+            self._watchdog = Watchdog(self.rank, self.size, self.all_gather_object, stall_timeout)
+
+    def all_reduce(self, tensors, op="sum"):
+        if self.size == 1:
+            return list(tensors)
+        return buckets.all_reduce(self, self._wire, list(tensors), op)
+
+    def reduce_scatter(self, tensor, op="sum"):
+        if op not in ("sum", "mean"):
+            (reduced,) = self.all_reduce([tensor], op)
+            return tf.split(reduced, self.size)[self.rank]
+        name = self._name("reduce_scatter", tensor)
+        return self._ops._reducescatter(tensor, name=name, op=self._op(op), ignore_name_scope=True)
+
+    def all_gather(self, tensor):
+        return self._ops.allgather(tensor, name=self._name("all_gather"), ignore_name_scope=True)
+
+    def broadcast(self, variables, root=0):
+        self.check_root(root)
+        for index, variable in enumerate(map(tf_variable, variables)):
+            value = self._ops.broadcast(variable, root, name=f"disttrain.broadcast.{index}", ignore_name_scope=True)
+            variable.assign(value)
+
+    def all_gather_object(self, value):
+        with self.waiting("all_gather_object"), tf.init_scope(), tf.device("CPU"):
+            data = tf.constant(np.frombuffer(pickle.dumps(value), np.uint8))
+            sizes = self.all_gather(tf.constant([len(data)])).numpy()
+            parts = np.split(self.all_gather(data).numpy(), np.cumsum(sizes)[:-1])
+            return [pickle.loads(part.tobytes()) for part in parts]
+
+    def barrier(self):
+        self.all_gather_object(None)
+
+    def waiting(self, what):
+        return self._watchdog.waiting(what) if self._watchdog else super().waiting(what)
+
+    def close(self):
+        if self._watchdog:
+            self._watchdog.close()
+        self._hvd.shutdown()
+
+    # What `buckets` asks for -----------------------------------------------------------------------------------------
+
+    def start(self, tensors, op):
+        if tensors[0].dtype == tf.bfloat16:
+            return self._sum_of_bfloat16(tensors)
+        name = self._name(op, *tensors)
+        if len(tensors) == 1:
+            return [self._ops._allreduce(tensors[0], name=name, op=self._op(op), ignore_name_scope=True)]
+        return self._ops._grouped_allreduce(tensors, name=name, op=self._op(op), ignore_name_scope=True)
+
+    def finish(self, handle):
+        return handle
+
+    def _sum_of_bfloat16(self, tensors: list) -> list:
+        """Horovod's ops do not know the type: each rank gets its part of all ranks' bits, sums it, and shows it to all."""
+        flat = tf.concat([tf.reshape(x, [-1]) for x in tensors], 0)
+        part = -(-flat.shape[0] // self.size)
+        flat = tf.pad(flat, [[0, part * self.size - flat.shape[0]]])
+        bits = tf.bitcast(flat, tf.uint16)
+        bits = self._ops.alltoall(bits, name=self._name("all_to_all", bits), ignore_name_scope=True)
+        parts = tf.reshape(tf.bitcast(bits, tf.bfloat16), [self.size, part])
+        mine = tf.cast(tf.reduce_sum(tf.cast(parts, tf.float32), axis=0), tf.bfloat16)
+        whole = tf.bitcast(self.all_gather(tf.bitcast(mine, tf.uint16)), tf.bfloat16)
+        pieces = tf.split(
+            whole[: sum(x.shape.num_elements() for x in tensors)], [x.shape.num_elements() for x in tensors]
+        )
+        return [tf.reshape(piece, x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+
+    def _name(self, kind: str, *tensors) -> str:
+        """The same on all ranks for the same collective, and its own in every program: Horovod pairs tensors by name."""
+        elements = sum(x.shape.num_elements() or 0 for x in tensors)
+        return f"disttrain.{kind}.{order.number()}.{len(tensors)}.{elements}"
+
+    def _op(self, op: str):
+        hvd = self._hvd
+        ops = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max, "adasum": hvd.Adasum}
+        if op not in ops:
+            raise ConfigError(f"op={op!r}: use one of {', '.join(map(repr, ops))}")
+        return ops[op]
+
+
+def _import():
+    try:
+        import horovod.tensorflow as hvd
+        from horovod.tensorflow import mpi_ops
+    except ImportError as error:
+        raise BackendError(
+            f"backend 'horovod': Horovod cannot be imported ({error}): `disttrain build-horovod` builds and installs it"
+        ) from None
+    return hvd, mpi_ops
