@@ -27,3 +27,7 @@ class GradientError(DisttrainError, ValueError):
 
 class NonFiniteError(DisttrainError, ArithmeticError):
     """Gradients or a loss that hold NaN or infinity; nothing was applied on any replica."""
+
+
+class DriftError(DisttrainError, RuntimeError):
+    """Weights that are no longer the same on all ranks."""

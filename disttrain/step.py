@@ -10,6 +10,7 @@ whole batch, and every replica holds the same gradient, bit for bit; only then m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import time
@@ -19,9 +20,10 @@ from typing import Any, Literal
 import keras
 import tensorflow as tf
 
+from disttrain import agreement
 from disttrain.comm.communicator import Communicator
-from disttrain.errors import ConfigError, GradientError, LossError, NonFiniteError
-from disttrain.gradients import sparse
+from disttrain.errors import ConfigError, DataError, GradientError, LossError, NonFiniteError
+from disttrain.gradients import moments, sparse
 from disttrain.gradients.accumulate import accumulate
 from disttrain.gradients.jit import JitChoice
 from disttrain.gradients.program import Program
@@ -54,6 +56,12 @@ class TrainStep:
         update. Either way weights, optimizer state, statistics and counters stay as they were, on all replicas.
       jit: XLA for the tape and the accumulation: True, False, or "auto", which times both on the first steps and keeps
         the faster. The update is compiled apart from it, wherever the engine can.
+      check_every: steps after which workers compare checksums of their weights. 0: never.
+      on_drift: what weights that differ mean: "raise" `DriftError`, or "heal": they are copied from the worker that most
+        others agree with.
+
+    With several workers the first step compares what they are about to train, and gives all of them the weights, the
+    optimizer state and the seeds of rank 0.
 
     Raises:
       ConfigError: an option that is unknown, a model or optimizer made outside the scope, an optimizer that was built for
@@ -74,17 +82,21 @@ class TrainStep:
         on_none: Literal["error", "zeros", "skip"] = "error",
         on_nonfinite: Literal["raise", "skip"] = "raise",
         jit: bool | Literal["auto"] = "auto",
+        check_every: int = 100,
+        on_drift: Literal["raise", "heal"] = "raise",
     ):
         _check_option("on_none", on_none, ("error", "zeros", "skip"))
         _check_option("on_nonfinite", on_nonfinite, ("raise", "skip"))
         _check_option("jit", jit, (True, False, "auto"))
+        _check_option("on_drift", on_drift, ("raise", "heal"))
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ConfigError(f"accumulate={accumulate!r}: a whole number of 1 or more is wanted")
         self.model, self.loss_fn, self.comm, self.accumulate = model, loss_fn, comm, accumulate
         self.optimizer, self._loss_scaling = keras_optimizer.unwrap(optimizer)
         self.before_reduce, self.after_reduce = chain(*before_reduce), chain(*after_reduce)
         self.on_none, self.on_nonfinite, self._jit_setting = on_none, on_nonfinite, jit
-        self._choice, self._prepared = variables, False
+        self.check_every, self.on_drift = check_every, on_drift
+        self._choice, self._prepared, self._started = variables, False, False
         if getattr(model, "built", True) and getattr(model, "variables", True):
             self._prepare()
 
@@ -93,30 +105,41 @@ class TrainStep:
 
         Args:
           batch: an element of `comm.distribute(dataset)`, or a plain nest of tensors: this worker's share of the batch.
+            None where this worker has none left and takes part in the others' steps; see `join`.
 
         Raises:
           DataError: tensors of the batch that differ in their number of examples.
           LossError: a loss that is a mean, labels that do not fit, or no weight on any replica.
           GradientError: the loss does not reach a variable, and `on_none="error"`.
           NonFiniteError: NaN or infinity, and `on_nonfinite="raise"`.
+          ConfigError: in the first step, workers that train different things.
+          DriftError: workers whose weights are no longer the same, and `on_drift="raise"`.
         """
-        shares = self.comm.local_shares(batch)
-        if not self._prepared:
-            self._build_model(shares[0])
-            self._prepare()
+        shares = None if batch is None else self.comm.local_shares(batch)
+        if not self._started:
+            self._start(shares)
+        if shares is None:
+            shares = self._empty_shares
         shape = tuple(x.shape for x in tf.nest.flatten(shares))
         plan = self._jit.plan(shape)
         start = time.perf_counter()
         try:
-            report = self._program(plan)(shares)
+            with self.comm.waiting(self._waits_in):
+                report = self._program(plan)((shares, tf.constant([0.0 if batch is None else 1.0])))
+                applied = bool(report["applied"])
         except tf.errors.OpError as error:
             if not self._jit.give_up(plan, error):
                 raise
             return self(batch)
-        applied = bool(report["applied"])
         self._jit.record(plan, shape, time.perf_counter() - start)
-        if not applied:
+        if not applied and any(report["unforeseen"].numpy()):
+            self._forget_programs()
+            return self(batch)
+        self._calls += 1
+        if not applied and report["live"] > 0:
             self._explain(report)
+        if self._several_workers and self.check_every and self._calls % self.check_every == 0:
+            agreement.check_drift(self.comm, self._same_everywhere, self._calls, self.on_drift)
         return StepOutput(
             loss=report["loss"],
             weight=report["weight"],
@@ -125,15 +148,29 @@ class TrainStep:
             metrics=report["metrics"],
             step=int(report["step"]),
             examples=report["examples"],
+            live=int(report["live"]),
         )
+
+    def join(self) -> int:
+        """Takes part in the steps of the other workers, without examples, until all have come here.
+
+        For workers that read data of their own, of which there may be more or fewer batches: each calls it after its
+        last batch. Returns the number of steps that were done so.
+        """
+        if self._started and not self._several_workers:
+            return 0
+        for steps in itertools.count():
+            if self(None).live == 0:
+                return steps
 
     # The step, in the order of the picture ---------------------------------------------------------------------------
 
-    def _step(self, shares: list[Any], mode: str, fused: bool) -> dict[str, Any]:
+    def _step(self, inputs: tuple[list[Any], tf.Tensor], mode: str, fused: bool) -> dict[str, Any]:
         """The whole step, on all replicas of this worker."""
+        shares, live = inputs
         local = self.comm.run(self._accumulate, (shares, mode))
         reached = self._reached(local)
-        gradients, statistics, report = self.comm.run(self._all_reduce, (local, reached))
+        gradients, statistics, report = self.comm.run(self._all_reduce, (local, live, reached))
         report = self.comm.local_values(report)[0]
         # The number of rows in IndexedSlices differs from batch to batch, and XLA would compile anew each time.
         fused = fused and not any(isinstance(g, tf.IndexedSlices) for g in gradients)
@@ -156,31 +193,33 @@ class TrainStep:
             mean=self._holds_whole_batch,
             compiled="inline" if self._lockstep else mode,
         )
-        sums = accumulate(
-            micro_batch,
-            shares[replica - self.comm.rank],
-            self.accumulate,
-            self._state,
-            first_index=replica * self.accumulate,
-            may_be_empty=self.comm.size > 1,
-            lockstep=self._lockstep,
-        )
+        with moments.synchronized(self.comm.all_reduce) if self._lockstep else contextlib.nullcontext():
+            sums = accumulate(
+                micro_batch,
+                shares[replica - self.comm.rank],
+                self.accumulate,
+                self._state,
+                first_index=replica * self.accumulate,
+                may_be_empty=self.comm.size > 1,
+                lockstep=self._lockstep,
+            )
         self._moving = [self._state.statistics[i] for i in micro_batch.updated]
         return sums._replace(statistics=[sums.statistics[i] for i in micro_batch.updated])
 
-    def _all_reduce(self, local: Sums, reached: list[bool]) -> tuple[list, list, dict]:
+    def _all_reduce(self, local: Sums, live: tf.Tensor, reached: list[bool]) -> tuple[list, list, dict]:
         """Adds up all replicas and divides once: the gradient of the whole batch, the same bits everywhere."""
         variables, gradients = self._with_gradient(reached), list(itertools.compress(local.gradients, reached))
-        gradients = [tf.zeros(v.shape, v.dtype) if g is None else g for g, v in zip(gradients, variables, strict=True)]
-        broken_here = self._broken_here(gradients, local.scalars["total"])
+        kinds = itertools.compress(self._kinds, reached)
+        gradients = [sparse.of_kind(*args) for args in zip(kinds, gradients, variables, strict=True)]
+        flags = self._flags(local, gradients, live)
         if self.before_reduce:
             gradients = self._transform_own(gradients, variables, local.scalars)
 
-        sums, broken_by_replica = self._sum_over_replicas(local._replace(gradients=gradients), broken_here)
+        sums, flags = self._sum_over_replicas(local._replace(gradients=gradients), flags)
 
         gradients = [tf.cast(g, v.dtype) for g, v in zip(sums.gradients, variables, strict=True)]
         gradients = [sparse.deduplicate(g) for g in self._divide(gradients, sums.scalars)]
-        return gradients, sums.statistics, self._report(gradients, sums.scalars, broken_by_replica)
+        return gradients, sums.statistics, self._report(gradients, sums.scalars, flags)
 
     def _apply(self, gradients: list, statistics: list, reached: list[bool]) -> None:
         """The same gradient on every replica: transform it, apply it, and move the model's own state on."""
@@ -213,65 +252,112 @@ class TrainStep:
         factor = self._divisor(scalars)
         return [sparse.map_values(lambda x: x * tf.cast(factor, x.dtype), g) for g in means]
 
-    def _sum_over_replicas(self, local: Sums, broken_here: tf.Tensor) -> tuple[Sums, tf.Tensor]:
+    def _sum_over_replicas(self, local: Sums, flags: dict) -> tuple[Sums, dict]:
         """One all-reduce for everything: weights, losses, metrics and flags ride along with the gradients."""
         if self.comm.size == 1:
-            return local, broken_here
+            return local, flags
         examples, chief = local.scalars["examples"], self.comm.replica_id() == 0
         # Moments average by number of examples; a counter is taken from the first replica.
         shares = [s * tf.cast(examples, s.dtype) if s.dtype.is_floating else s * int(chief) for s in local.statistics]
-        riders = tf.nest.flatten((local.scalars, broken_here, shares))
-        reduced = self.comm.all_reduce([*local.gradients, *riders], "sum")
-        gradients, riders = reduced[: len(local.gradients)], reduced[len(local.gradients) :]
-        scalars, broken, shares = tf.nest.pack_sequence_as((local.scalars, broken_here, shares), riders)
+        riders = (local.scalars, flags, shares)
+        # Gradients come into being from the last variable to the first; riders know of all, and are in the last bucket.
+        count = len(tf.nest.flatten(riders))
+        reduced = self.comm.all_reduce([*tf.nest.flatten(riders), *local.gradients], "sum")
+        scalars, flags, shares = tf.nest.pack_sequence_as(riders, reduced[:count])
         divide = tf.math.divide_no_nan
         statistics = [divide(s, tf.cast(scalars["examples"], s.dtype)) if s.dtype.is_floating else s for s in shares]
-        return Sums(gradients, scalars, statistics), broken
+        return Sums(reduced[count:], scalars, statistics), flags
 
-    def _broken_here(self, gradients: list, total: tf.Tensor) -> tf.Tensor:
-        """float32 [size]: 1 at this replica's place if its own gradients or loss are not finite."""
-        if self.comm.size == 1:
-            return tf.zeros([1])  # the check of the whole sees the same, and is spared a pass over the gradients
-        finite = tf.math.is_finite(tf.add_n([total, *sparse.square_sums(gradients)]))
-        return tf.one_hot(
-            self.comm.replica_id(), self.comm.size, on_value=1.0 - tf.cast(finite, tf.float32), off_value=0.0
-        )
+    def _flags(self, local: Sums, gradients: list, live: tf.Tensor) -> dict[str, tf.Tensor]:
+        """What this replica knows and the others do not, as numbers that can be added up.
 
-    def _report(self, gradients: list, scalars: dict, broken_by_replica: tf.Tensor) -> dict[str, Any]:
+        "live": 1 if its worker brought a batch; "present" [variables]: 1 where its loss reaches the variable;
+        "broken" [size]: 1 at its own place if its gradients or its loss are not finite.
+        """
+        replica = self.comm.replica_id()
+        flags = {
+            "live": tf.squeeze(live) if replica == self.comm.rank else tf.constant(0.0),
+            "present": tf.constant([float(g is not None) for g in local.gradients]),
+            "broken": tf.zeros([self.comm.size]),
+        }
+        if self.comm.size > 1:  # else the check of the whole sees the same, and is spared a pass over the gradients
+            finite = tf.math.is_finite(tf.add_n([local.scalars["total"], *sparse.square_sums(gradients)]))
+            mine = 1.0 - tf.cast(finite, tf.float32)
+            flags["broken"] = tf.one_hot(replica, self.comm.size, on_value=mine, off_value=0.0)
+        return flags
+
+    def _report(self, gradients: list, scalars: dict, flags: dict) -> dict[str, Any]:
         squares = tf.stack(sparse.square_sums(gradients))
         norm = tf.sqrt(tf.reduce_sum(squares))
         finite = tf.math.is_finite(norm) & tf.math.is_finite(scalars["total"])
         violations = tf.add_n([tf.constant(0.0), *scalars["checks"].values()])
+        # A later batch may reach other variables than those that the workers have agreed on.
+        foreseen = tf.constant([kind != "none" or self.on_none == "zeros" for kind in self._kinds])
+        unforeseen = (flags["present"] > 0) != foreseen
+        if self.on_none == "zeros":
+            unforeseen = tf.zeros_like(unforeseen)
         return {
             "loss": tf.math.divide_no_nan(scalars["total"], scalars["weight"]),
             "weight": scalars["weight"],
             "examples": scalars["examples"],
             "grad_norm": norm,
             "metrics": {name: tf.math.divide_no_nan(*pair) for name, pair in scalars["metrics"].items()},
-            "applied": finite & (scalars["weight"] > 0) & tf.equal(violations, 0),
+            "applied": finite & (scalars["weight"] > 0) & tf.equal(violations, 0) & ~tf.reduce_any(unforeseen),
             "finite": finite,
             "checks": scalars["checks"],
             "broken_gradients": ~tf.math.is_finite(squares),
-            "broken_replicas": broken_by_replica if self.comm.size > 1 else tf.stack([~finite]),
+            "broken_replicas": flags["broken"] if self.comm.size > 1 else tf.stack([~finite]),
+            "live": flags["live"],
+            "unforeseen": unforeseen,
         }
 
     def _reached(self, local: Sums) -> list[bool]:
         """For each variable whether it takes part: a None on some replicas only is a zero there."""
         by_replica = [sums.gradients for sums in self.comm.local_values(local)]
-        reached = [any(g is not None for g in gradients) for gradients in zip(*by_replica, strict=True)]
-        unreached = [name_of(v) for v, there in zip(self.variables, reached, strict=True) if not there]
-        if len(unreached) == len(reached) or (unreached and self.on_none == "error"):
+        kinds = [agreement.kind_of(gradients) for gradients in zip(*by_replica, strict=True)]
+        # One worker alone may trace again; with several, all agree in the first trace, and the flags tell of changes.
+        if self._kinds is None or not self._several_workers:
+            self._kinds = agreement.agree_on_kinds(self.comm, kinds)
+        unreached = [name_of(v) for v, kind in zip(self.variables, self._kinds, strict=True) if kind == "none"]
+        if len(unreached) == len(kinds) or (unreached and self.on_none == "error"):
             raise GradientError(
                 f"the loss does not reach {', '.join(unreached)}: leave them out with variables=, "
                 "or say on_none='zeros' or on_none='skip'"
             )
-        self._taking_part = reached if self.on_none == "skip" else [True] * len(reached)
-        return self._taking_part
+        return [kind != "none" or self.on_none != "skip" for kind in self._kinds]
 
     def _with_gradient(self, reached: list[bool]) -> list[Variable]:
         return list(itertools.compress(self.variables, reached))
 
     # Getting ready, and saying what went wrong -----------------------------------------------------------------------
+
+    def _start(self, shares: list[Any] | None) -> None:
+        """Before the first step: the same model, the same settings and the same weights on every worker."""
+        specs = None if shares is None else tf.nest.map_structure(tf.type_spec_from_value, shares[0])
+        known = [specs for specs in self.comm.all_gather_object(specs) if specs is not None]
+        if not known:
+            raise DataError("no worker has a batch to train on: the data set is empty")
+        self._empty_shares = [tf.nest.map_structure(_empty, known[0])] * len(shares or [None])
+        if not self._prepared:
+            self._build_model((shares or self._empty_shares)[0])
+            self._prepare()
+        self._several_workers = len(self.comm.all_gather_object(None)) > 1
+        everything = [*self._state.statistics, *self._state.seeds, *getattr(self.model, "trainable_variables", [])]
+        everything += [*self.variables, *self.optimizer.variables]
+        everything += [v for m in (self._loss_scale, self.before_reduce, self.after_reduce) if m for v in m.variables]
+        self._same_everywhere = list({id(v): v for v in everything}.values())
+        if self._several_workers:
+            options = ("accumulate", "on_none", "on_nonfinite", "check_every", "on_drift", "optimizer", "loss_fn")
+            facts = {name: getattr(self, name) for name in options}
+            facts |= {"before_reduce": self.before_reduce.transforms, "after_reduce": self.after_reduce.transforms}
+            agreement.check_same(
+                self.comm,
+                agreement.facts_about(self.variables, self._same_everywhere, {**facts, "jit": self._jit_setting}),
+            )
+            self.comm.broadcast(self._same_everywhere)
+        self._started, self._calls = True, 0
+        names = ", ".join(map(name_of, self.variables[:3])) + (", ..." if len(self.variables) > 3 else "")
+        self._waits_in = f"the all-reduce of {len(self.variables)} gradients ({names})"
 
     def _build_model(self, share: Any) -> None:
         """Makes the variables of a model that has not seen its input yet, without running it."""
@@ -301,10 +387,15 @@ class TrainStep:
             self.before_reduce.build(self.variables)
             self.after_reduce.build(self.variables)
         self._jit = JitChoice(self._jit_setting, not self._lockstep, comm.all_gather_object)
+        self._forget_programs()
+        self._prepared = True
+
+    def _forget_programs(self) -> None:
+        """Traces anew, and agrees anew on which variables the loss reaches."""
+        self._kinds: list[agreement.Kind] | None = None
         self._program = functools.cache(
             lambda plan: Program(functools.partial(self._step, mode=plan.tape, fused=plan.fused))
         )
-        self._prepared = True
 
     def _explain(self, report: dict[str, Any]) -> None:
         """Raises what a step that was not applied has to say, or returns where skipping it was asked for."""
@@ -320,9 +411,8 @@ class TrainStep:
         if self.on_nonfinite == "skip" or may_be_the_scale:
             return
         flags = report["broken_gradients"].numpy()
-        names = (
-            ", ".join(name_of(v) for v in itertools.compress(self._with_gradient(self._taking_part), flags)) or "none"
-        )
+        taking_part = [kind != "none" or self.on_none != "skip" for kind in self._kinds]
+        names = ", ".join(name_of(v) for v in itertools.compress(self._with_gradient(taking_part), flags)) or "none"
         replicas = ", ".join(map(str, report["broken_replicas"].numpy().nonzero()[0])) or "none alone, only their sum"
         raise NonFiniteError(
             f"NaN or infinity at step {int(report['step']) + 1}: loss {float(report['loss']):g}, "
@@ -342,6 +432,15 @@ def _choose(choice: Sequence[Variable] | Select | None, trainable: list[Variable
             "there are no variables to train: the model has no trainable variables, or variables= is empty"
         )
     return chosen
+
+
+def _empty(spec: tf.TypeSpec) -> Any:
+    """No examples of what `spec` describes."""
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensor.from_row_splits(
+            tf.zeros([0, *spec.shape[spec.ragged_rank + 1 :]], spec.dtype), tf.zeros([1], spec.row_splits_dtype)
+        )
+    return tf.zeros([0, *spec.shape[1:]], spec.dtype)
 
 
 def _check_option(name: str, value: Any, known: tuple) -> None:

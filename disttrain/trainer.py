@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -42,6 +43,7 @@ class Trainer:
 
         Args:
           dataset: global batches, a `tf.data.Dataset` or any iterable that can be gone through once for each epoch.
+            Should workers have more or fewer of them, those that are done take part with no examples until all are.
           epochs: how often (default 1). One of `epochs` and `steps`, not both.
           steps: optimizer steps instead; the data set is gone through as often as that takes.
           validation: global batches for `evaluate`, after the last step.
@@ -79,18 +81,26 @@ class Trainer:
         Raises:
           DataError: the data set is empty, or has no weight.
         """
-        totals = _Means()
+        mine = _Means()
         for batch in self.comm.distribute(dataset):
-            totals.add(
-                {name: (float(s), float(w)) for name, (s, w) in self._evaluate(self.comm.local_shares(batch)).items()}
-            )
-        return totals.means()
+            # Summed here and reduced once, at the end: workers may have different numbers of batches.
+            for sums in self._evaluate(self.comm.local_shares(batch)):
+                mine.add({name: (float(total), float(weight)) for name, (total, weight) in sums.items()})
+        everyone = _Means()
+        for means in self.comm.all_gather_object(mine):
+            everyone.add(means.sums)
+        return everyone.means()
 
     def _epoch(self, batches: Iterable, run: _Run, progress: Progress, steps: int | None) -> None:
         run.means = _Means()
+        lengths = self.comm.all_gather_object(_length(batches))
+        if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
+            batches = itertools.chain(batches, itertools.repeat(None))
         seen = run.steps
         for batch in batches:
             out = self.step(batch)
+            if out.live == 0:
+                break
             run.add(out)
             progress.advance(out, run.speed())
             if steps is not None and run.steps >= steps:
@@ -103,13 +113,11 @@ class Trainer:
     def _total(batches: Iterable, epochs: int | None, steps: int | None) -> int | None:
         if steps is not None:
             return steps
-        try:
-            return len(batches) * (epochs or 1)
-        except TypeError:
-            return None
+        length = _length(batches)
+        return None if length is None else length * (epochs or 1)
 
-    def _sums_of_batch(self, shares: list[Any]) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
-        return self.comm.local_values(self.comm.run(self._sums_of_share, (shares,)))[0]
+    def _sums_of_batch(self, shares: list[Any]) -> list[dict[str, tuple[tf.Tensor, tf.Tensor]]]:
+        return self.comm.local_values(self.comm.run(self._sums_of_share, (shares,)))
 
     def _sums_of_share(self, shares: list[Any]) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
         share = shares[self.comm.replica_id() - self.comm.rank]
@@ -121,29 +129,36 @@ class Trainer:
         sums = tf.function(sums, autograph=False)
         outline = sums.get_concrete_function(tf.nest.map_structure(tf.type_spec_from_value, share)).structured_outputs
         zeros = tf.nest.map_structure(lambda x: tf.zeros(x.shape), outline)
-        mine = tf.cond(count_examples(share) > 0, lambda: sums(share), lambda: zeros)
-        return tf.nest.pack_sequence_as(mine, self.comm.all_reduce(tf.nest.flatten(mine), "sum"))
+        return tf.cond(count_examples(share) > 0, lambda: sums(share), lambda: zeros)
+
+
+def _length(batches: Iterable) -> int | None:
+    """Number of batches, where it is known."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
 
 
 class _Means:
     """Sums and weights by name, divided at the end."""
 
     def __init__(self):
-        self._sums: dict[str, list[float]] = {}
+        self.sums: dict[str, list[float]] = {}
 
     def add(self, pairs: dict[str, tuple[float, float]]) -> None:
         for name, (total, weight) in pairs.items():
-            sums = self._sums.setdefault(name, [0.0, 0.0])
+            sums = self.sums.setdefault(name, [0.0, 0.0])
             sums[0] += total
             sums[1] += weight
 
     def __bool__(self):
-        return bool(self._sums)
+        return bool(self.sums)
 
     def means(self) -> dict[str, float]:
-        if not self._sums or self._sums["loss"][1] <= 0:
+        if not self.sums or self.sums["loss"][1] <= 0:
             raise DataError("there is nothing to average: the data set is empty or has no weight")
-        return {name: total / weight for name, (total, weight) in self._sums.items() if weight > 0}
+        return {name: total / weight for name, (total, weight) in self.sums.items() if weight > 0}
 
 
 class _Run:

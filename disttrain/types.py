@@ -48,6 +48,7 @@ class StepOutput:
       metrics: name -> float32 scalar, the weighted mean over the whole batch.
       step: optimizer steps done so far, this one included.
       examples: float32 scalar, the number of examples in the whole batch.
+      live: number of workers that brought a batch; 0 where all had none left, and the step did nothing.
     """
 
     loss: tf.Tensor
@@ -57,6 +58,7 @@ class StepOutput:
     metrics: dict[str, tf.Tensor]
     step: int
     examples: tf.Tensor
+    live: int
 
 
 def as_loss(value: Any) -> Loss:

@@ -444,11 +444,34 @@ def test_auto_keeps_the_faster(local):
     assert choice(1.0, 0.5) == "xla"
     assert choice(0.5, 1.0) == "graph"
     assert choice(1.0, 0.99) == "graph"
-    slowest = jit_module.JitChoice("auto", True, lambda value: [value, 10.0])  # another worker is slow with both
+    slowest = jit_module.JitChoice("auto", True, lambda value: [value, [10.0, 10.0]])  # another worker is slow with both
     while not slowest.choice:
         plan = slowest.plan("shape")
         slowest.record(plan, "shape", 0.1 if plan.tape == "xla" else 1.0)
     assert slowest.choice == "graph"
+
+
+def test_auto_is_agreed_after_the_same_step_whatever_the_shapes():
+    """A worker whose batches change their shape, or that XLA fails, comes to the exchange with the others."""
+
+    def steps_until_agreed(shape_of, fails=False):
+        asked = []
+        chooser = jit_module.JitChoice("auto", True, lambda value: asked.append(value) or [value])
+        for step in range(1, 20):
+            plan = chooser.plan(shape_of(step))
+            if fails and plan.tape == "xla":
+                assert chooser.give_up(plan, RuntimeError("XLA cannot"))
+                plan = chooser.plan(shape_of(step))
+                assert plan.tape == "graph"
+            chooser.record(plan, shape_of(step), 1.0)
+            if asked:
+                return step
+        return None
+
+    usual = steps_until_agreed(lambda step: "same")
+    assert usual == steps_until_agreed(lambda step: step)
+    assert usual == steps_until_agreed(lambda step: step % 2)
+    assert usual == steps_until_agreed(lambda step: "same", fails=True)
 
 
 # Tracing --------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ class JitChoice:
     Args:
       setting: True, False or "auto".
       allowed: False where layers talk to other replicas inside the tape, which XLA cannot.
-      agree: gathers one Python object from every worker, so that all make the same choice.
+      agree: gathers one Python object from every worker, so that all make the same choice. Called after the same step on
+        every worker, whatever shapes its batches have had.
 
     Raises:
       ConfigError: True where XLA is not allowed.
@@ -45,41 +46,44 @@ class JitChoice:
                 "which XLA cannot; use jit='auto' or False"
             )
         self._agree = agree
-        self._choosing = setting == "auto" and allowed
+        self._auto = setting == "auto" and allowed
         self._times: dict[str, list[float]] = {"graph": [], "xla": []}
-        self._shape: Any = None
+        self._steps, self._shape, self._xla_works = 0, None, True
         self._fused = True
         self._worked: set[Plan] = set()
-        self.choice = None if self._choosing else ("xla" if setting is True else "graph")
+        self.choice = None if self._auto else ("xla" if setting is True else "graph")
 
     def plan(self, shape: Any) -> Plan:
         """For a batch of this shape (anything that can be compared)."""
-        if not self._choosing:
-            return Plan(self.choice, self._fused)
         self._shape = self._shape or shape
-        if shape != self._shape:
-            return Plan("graph", self._fused)
-        return Plan(self.choice or ("graph" if len(self._times["graph"]) < _TRIALS else "xla"), self._fused)
+        wanted = self.choice or ("graph" if self._steps < _TRIALS else "xla")
+        if self._auto and not (shape == self._shape and self._xla_works):
+            wanted = "graph"
+        return Plan(wanted, self._fused)
 
     def record(self, plan: Plan, shape: Any, seconds: float) -> None:
         """Takes note of how long a step took; after the last trial, chooses."""
         self._worked.add(plan)
-        if self.choice or shape != self._shape:
+        if self.choice:
             return
-        self._times[plan.tape].append(seconds)
-        if len(self._times["xla"]) == _TRIALS:
-            graph, xla = (max(self._agree(min(self._times[tape][1:]))) for tape in ("graph", "xla"))
-            self.choice = "xla" if xla < graph * _WORTHWHILE else "graph"
-            log.info(
-                "jit='auto': %s (a step took %.1f ms with XLA, %.1f ms without)", self.choice, 1e3 * xla, 1e3 * graph
-            )
+        self._steps += 1
+        if shape == self._shape:
+            self._times[plan.tape].append(seconds)
+        if self._steps == 2 * _TRIALS:
+            self._choose()
+
+    def _choose(self) -> None:
+        mine = [min(self._times[tape][1:], default=float("inf")) for tape in ("graph", "xla")]
+        graph, xla = map(max, zip(*self._agree(mine), strict=True))
+        self.choice = "xla" if xla < graph * _WORTHWHILE else "graph"
+        log.info("jit='auto': %s (a step took %.1f ms with XLA, %.1f ms without)", self.choice, 1e3 * xla, 1e3 * graph)
 
     def give_up(self, plan: Plan, error: Exception) -> bool:
         """Whether a step that failed should be done again with less XLA: only if it is XLA that cannot compile it."""
         if plan in self._worked or not any(word in str(error) for word in ("XLA", "xla", "uncompilable")):
             return False
-        if plan.tape == "xla" and self._choosing and not self.choice:
-            self.choice, self._choosing = "graph", False
+        if plan.tape == "xla" and self._auto and not self.choice:
+            self._xla_works = False
             log.warning("XLA cannot compile this model, the tape runs without it (%s)", _first_line(error))
             return True
         if plan.fused:

@@ -60,11 +60,26 @@ def zeros(variable, like):
     """A zero gradient of `variable`: dense, or IndexedSlices without rows where `like` is IndexedSlices."""
     if not isinstance(like, tf.IndexedSlices):
         return tf.zeros(variable.shape, like.dtype if like is not None else variable.dtype)
+    shape = None if like.dense_shape is None else tf.constant(list(variable.shape), like.dense_shape.dtype)
+    return _no_rows(like.values.shape, like.values.dtype, like.indices.dtype, shape)
+
+
+def of_kind(kind, gradient, variable):
+    """The gradient as every replica has it, whatever it is here: "dense", or "sparse" with int64 indices.
+
+    None becomes zeros: this replica's loss does not depend on the variable.
+    """
+    if kind == "dense":
+        return tf.zeros(variable.shape, variable.dtype) if gradient is None else densify(gradient, variable)
+    if gradient is None:
+        return _no_rows(variable.shape, variable.dtype, tf.int64, tf.constant(list(variable.shape), tf.int64))
     return tf.IndexedSlices(
-        tf.zeros([0, *like.values.shape[1:]], like.values.dtype),
-        tf.zeros([0], like.indices.dtype),
-        None if like.dense_shape is None else tf.constant(list(variable.shape), like.dense_shape.dtype),
+        gradient.values, tf.cast(gradient.indices, tf.int64), tf.constant(list(variable.shape), tf.int64)
     )
+
+
+def _no_rows(shape, dtype, index_dtype, dense_shape):
+    return tf.IndexedSlices(tf.zeros([0, *shape[1:]], dtype), tf.zeros([0], index_dtype), dense_shape)
 
 
 def square_sums(gradients) -> list[tf.Tensor]:
