@@ -10,7 +10,6 @@ whole batch, and every replica holds the same gradient, bit for bit; only then m
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import time
@@ -23,7 +22,7 @@ import tensorflow as tf
 from disttrain import agreement
 from disttrain.comm.communicator import Communicator
 from disttrain.errors import ConfigError, DataError, GradientError, LossError, NonFiniteError
-from disttrain.gradients import moments, sparse
+from disttrain.gradients import sparse
 from disttrain.gradients.accumulate import accumulate
 from disttrain.gradients.jit import JitChoice
 from disttrain.gradients.program import Program
@@ -191,18 +190,18 @@ class TrainStep:
             self._state,
             loss_scale=self._loss_scale.scale.read_value() if self._loss_scale else None,
             mean=self._holds_whole_batch,
-            compiled="inline" if self._lockstep else mode,
+            compiled=mode,
+            all_reduce=self.comm.all_reduce if self._lockstep else None,
         )
-        with moments.synchronized(self.comm.all_reduce) if self._lockstep else contextlib.nullcontext():
-            sums = accumulate(
-                micro_batch,
-                shares[replica - self.comm.rank],
-                self.accumulate,
-                self._state,
-                first_index=replica * self.accumulate,
-                may_be_empty=self.comm.size > 1,
-                lockstep=self._lockstep,
-            )
+        sums = accumulate(
+            micro_batch,
+            shares[replica - self.comm.rank],
+            self.accumulate,
+            self._state,
+            first_index=replica * self.accumulate,
+            may_be_empty=self.comm.size > 1,
+            lockstep=self._lockstep,
+        )
         self._moving = [self._state.statistics[i] for i in micro_batch.updated]
         return sums._replace(statistics=[sums.statistics[i] for i in micro_batch.updated])
 
@@ -276,7 +275,7 @@ class TrainStep:
         """
         replica = self.comm.replica_id()
         flags = {
-            "live": tf.squeeze(live) if replica == self.comm.rank else tf.constant(0.0),
+            "live": tf.reshape(live, []) if replica == self.comm.rank else tf.constant(0.0),
             "present": tf.constant([float(g is not None) for g in local.gradients]),
             "broken": tf.zeros([self.comm.size]),
         }

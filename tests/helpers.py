@@ -30,12 +30,12 @@ def copies(variable):
 
 
 def assert_replicas_equal(comm, variables):
-    """Every replica holds the same bits."""
+    """Every replica holds the same bits, those of other processes included."""
     for variable in variables:
-        first, *others = copies(variable)
-        assert len(others) == comm.size - 1
-        for other in others:
-            assert first.tobytes() == other.tobytes()
+        by_worker = comm.all_gather_object([copy.tobytes() for copy in copies(variable)])
+        everywhere = [bits for here in by_worker for bits in here]
+        assert len(everywhere) == comm.size
+        assert len(set(everywhere)) == 1, variable
 
 
 def snapshot(*variables):
@@ -44,9 +44,10 @@ def snapshot(*variables):
 
 
 def share(comm, batch, sizes):
-    """A batch (a tuple of arrays) as one share of each size for each replica."""
+    """A batch (a tuple of arrays) as one share of each size for each replica; those of this worker."""
     assert sum(sizes) == len(batch[0])
     assert len(sizes) == comm.size
     bounds = np.cumsum([0, *sizes])
     pieces = [tuple(tf.convert_to_tensor(x[a:b]) for x in batch) for a, b in itertools.pairwise(bounds)]
-    return comm.per_replica(pieces)
+    here = len(comm.local_values(None))
+    return comm.per_replica(pieces[comm.rank : comm.rank + here])

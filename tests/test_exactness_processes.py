@@ -36,3 +36,11 @@ def test_update_is_that_of_one_device(engine, ranks):
     for other in result.arrays[1:]:
         assert other.keys() == result.arrays[0].keys()
         assert all(other[name].tobytes() == w.tobytes() for name, w in result.arrays[0].items())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("engine", ["horovod", "gloo", "mpi", "multiworker"])
+def test_models_are_those_of_one_device(engine, ranks):
+    """BatchNormalization over all ranks, embeddings, tied weights, masks, sample weights: judged in the ranks."""
+    result = launch(engine, ranks, "models", timeout=900).check()
+    assert result.reports == [{"done": True}] * ranks

@@ -22,6 +22,7 @@ class _Current(threading.local):
     """Replicas of one process are traced in threads that take turns, so each has its own."""
 
     all_reduce: AllReduce | None = None
+    present: tf.Tensor | float = 1.0
 
 
 _current = _Current()
@@ -29,13 +30,17 @@ _everywhere: list[AllReduce] = []
 
 
 @contextlib.contextmanager
-def synchronized(all_reduce: AllReduce) -> Iterator[None]:
-    """Within it, layers with `synchronized=True` take their moments over all replicas that `all_reduce` sums over."""
-    before, _current.all_reduce = _current.all_reduce, all_reduce
+def synchronized(all_reduce: AllReduce, present: tf.Tensor | float = 1.0) -> Iterator[None]:
+    """Within it, layers with `synchronized=True` take their moments over all replicas that `all_reduce` sums over.
+
+    `present` is 0 where this replica's examples are to count nothing, else 1.
+    """
+    before = _current.all_reduce, _current.present
+    _current.all_reduce, _current.present = all_reduce, present
     try:
         yield
     finally:
-        _current.all_reduce = before
+        _current.all_reduce, _current.present = before
 
 
 def install(all_reduce: AllReduce) -> None:
@@ -51,7 +56,9 @@ def _compute_moments_sync(x: tf.Tensor, axes: Sequence[int], keepdims: bool) -> 
     total = tf.reduce_sum(x, axes, keepdims=True)
     squares = tf.reduce_sum(tf.square(x), axes, keepdims=True)
     count = tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), axes)), x.dtype)
-    total, squares, count = summed(all_reduce, total, squares, count)
+    present = tf.cast(_current.present, x.dtype)
+    mine = [tf.math.multiply_no_nan(s, present) for s in (total, squares, count)]
+    total, squares, count = summed(all_reduce, *mine)
     mean = tf.math.divide_no_nan(total, count)
     variance = tf.maximum(tf.math.divide_no_nan(squares, count) - tf.square(mean), 0.0)
     return (mean, variance) if keepdims else (tf.squeeze(mean, axes), tf.squeeze(variance, axes))

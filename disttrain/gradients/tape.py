@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from disttrain.errors import ConfigError
-from disttrain.gradients import sparse
+from disttrain.gradients import moments, sparse
 from disttrain.types import Gradient, Loss, Variable, as_loss, tf_variable
 
 
@@ -70,8 +71,9 @@ class MicroBatch:
       loss_scale: for float16, float32 scalar: gradients come out that much larger. None: no scaling.
       mean: divides by this micro-batch's weight already before the backward pass. Right only where this is the
         whole batch: it spares one pass over all gradients.
-      compiled: "xla" and "graph" give a function of its own, which can be called in a loop; "inline" does not, so
-        that layers inside can talk to other replicas.
+      compiled: "xla" or "graph": a function of its own, which can be called in a loop.
+      all_reduce: for layers inside that take moments over all replicas. There is then no function of its own, and every
+        replica must come here equally often, if need be without examples.
     """
 
     def __init__(
@@ -84,13 +86,14 @@ class MicroBatch:
         loss_scale: tf.Tensor | None = None,
         mean: bool = False,
         compiled: str = "graph",
+        all_reduce: moments.AllReduce | None = None,
     ):
         self._loss_fn, self._model, self.variables, self._state = loss_fn, model, list(variables), state
         self._loss_scale, self._mean = loss_scale, mean
         self.updated: list[int] = []
-        self._call = self._tape
-        if compiled != "inline":
-            self._call = tf.function(self._tape, jit_compile=compiled == "xla", autograph=False)
+        self._call = tf.function(self._tape, jit_compile=compiled == "xla", autograph=False)
+        if all_reduce is not None:
+            self._call = functools.partial(self._tape_together, all_reduce)
 
     def __call__(self, batch: Any, statistics: Sequence[tf.Tensor], seeds: Sequence[tf.Tensor]) -> Sums:
         """Sums of these examples. `statistics` are values for `state.statistics`; so many come back, too."""
@@ -101,7 +104,7 @@ class MicroBatch:
         return sums._replace(statistics=new)
 
     def outline(self, batch: Any) -> Sums:
-        """Sums whose tensors are known by shape and dtype only. Traces the function; `compiled="inline"` has none.
+        """Sums whose tensors are known by shape and dtype only. Traces the function; with `all_reduce` there is none.
 
         Of the statistics only those are there that the forward pass changes: `updated` says which.
         """
@@ -111,14 +114,26 @@ class MicroBatch:
         )
         return self._call.get_concrete_function(specs, statistics, seeds).structured_outputs
 
-    def _tape(self, batch, statistics, seeds) -> Sums:
+    def _tape_together(self, all_reduce, batch, statistics, seeds) -> Sums:
+        """The tape in step with the other replicas. Without examples, it runs on one of zeros that counts nothing.
+
+        Not on none: TensorFlow's convolutions give a wrong shape then (2.21 with oneDNN), and so would their moments.
+        """
+        examples = count_examples(batch)
+        present = tf.cast(examples > 0, tf.float32)
+        batch = tf.nest.map_structure(lambda x: tf.cond(examples > 0, lambda: x, lambda: _one_like(x)), batch)
+        with moments.synchronized(all_reduce, present):
+            sums = self._tape(batch, statistics, seeds, present)
+        return sums._replace(scalars=tf.nest.map_structure(lambda x: tf.math.multiply_no_nan(x, present), sums.scalars))
+
+    def _tape(self, batch, statistics, seeds, present=None) -> Sums:
         known = self._state.statistics + self._state.seeds
         watched = [tf_variable(v) for v in self.variables]
         with _RecordingScope(zip(known, statistics + seeds, strict=True)) as scope:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(watched)
                 loss = as_loss(self._loss_fn(self._model, batch))
-            gradients = tape.gradient(loss.total, watched, output_gradients=self._seed(loss))
+            gradients = tape.gradient(loss.total, watched, output_gradients=self._seed(loss, present))
         gradients = [sparse.densify_small(g, v) for g, v in zip(gradients, self.variables, strict=True)]
         if self._loss_scale is not None and not self._mean:
             gradients = [sparse.map_values(lambda x: x * tf.cast(loss.weight, x.dtype), g) for g in gradients]
@@ -134,15 +149,16 @@ class MicroBatch:
         new = [scope.get_current_value(self._state.statistics[i]) for i in self.updated]
         return Sums(gradients, scalars, new)
 
-    def _seed(self, loss: Loss) -> tf.Tensor:
-        """What the backward pass starts from: 1 gives the gradient of the sum.
+    def _seed(self, loss: Loss, present: tf.Tensor | None) -> tf.Tensor:
+        """What the backward pass starts from: 1 gives the gradient of the sum, 0 where the example counts nothing.
 
         Under a loss scale it starts from the mean, since float16 has no room for the sums of large batches; the weight
         is put back in float32.
         """
+        present = tf.constant(1.0) if present is None else present
         if self._loss_scale is None and not self._mean:
-            return tf.constant(1.0)
-        return tf.math.divide_no_nan(1.0 if self._loss_scale is None else self._loss_scale, loss.weight)
+            return present
+        return tf.math.divide_no_nan(present * (1.0 if self._loss_scale is None else self._loss_scale), loss.weight)
 
 
 class _RecordingScope(keras.StatelessScope):
@@ -171,6 +187,19 @@ class _RecordingScope(keras.StatelessScope):
                 f"loss_fn changes variables that are not among the model's non_trainable_variables: {', '.join(lost)}. "
                 "Make them attributes of the model; give random functions a keras.random.SeedGenerator that it holds"
             )
+
+
+def _one_like(x: Any) -> Any:
+    """One example of zeros; a ragged one has no rows."""
+    if isinstance(x, tf.RaggedTensor):
+        spec = tf.type_spec_from_value(x)
+        values = tf.zeros([0, *spec.shape[spec.ragged_rank + 1 :]], x.dtype)
+        return tf.RaggedTensor.from_nested_row_splits(
+            values,
+            [tf.constant([0, 0], spec.row_splits_dtype)]
+            + [tf.constant([0], spec.row_splits_dtype)] * (spec.ragged_rank - 1),
+        )
+    return tf.zeros(tf.concat([[1], tf.shape(x)[1:]], 0), x.dtype)
 
 
 def count_examples(batch: Any) -> tf.Tensor:

@@ -1,0 +1,29 @@
+"""Runs the tests of whole models as one rank of several: they judge by themselves, against one device in this process."""
+
+import test_exactness_models as models
+from _report import BACKEND, report
+
+import disttrain as dt
+from disttrain.gradients import sparse
+
+sparse.SMALL = 0
+comm = dt.init(BACKEND)
+comms = {"here": comm}
+
+
+def sizes(*wanted):
+    """For two ranks the first two count, the second with all that others would have had."""
+    return list(wanted) if comm.size == 3 else [wanted[0], sum(wanted[1:])]
+
+
+models.test_synchronized_batch_normalization(comms, "here", sizes(7, 2, 4))
+models.test_synchronized_batch_normalization(comms, "here", sizes(0, 9, 4))
+models.test_moving_statistics_without_synchronization_are_equal_on_all_replicas(comm, jit=False, sizes=sizes(7, 0, 5))
+models.test_embedding_with_repeated_ids(comms, "here", sizes(8, 0, 3), jit=False)
+models.test_embedding_with_repeated_ids(comms, "here", sizes(3, 1, 7), jit=True)
+models.test_tied_weights(comms, "here", sizes(2, 0, 9))
+models.test_masked_tokens_count_nothing(comms, "here", sizes(4, 0, 7), jit=False)
+models.test_masked_tokens_count_nothing(comms, "here", sizes(1, 2, 8), jit=True)
+models.test_sample_weights(comms, "here", sizes(1, 3, 9))
+report(done=True)
+comm.close()
