@@ -111,8 +111,11 @@ def test_train_charlm_on_a_text_of_ones_own(tmp_path):
     ("arguments", "sentence"),
     [
         (["train", "charlm", "--text", "missing.txt"], "cannot read the text missing.txt: No such file or directory"),
-        (["train", "digits", "--backend", "nccl"], "unknown backend 'nccl': use 'auto', 'local' or 'mirrored'"),
-        (["train", "digits", "--backend", "local", "--replicas", "2"], "backend 'local' has one replica, 2 asked for"),
+        (["train", "digits", "--backend", "nccl"], "unknown backend 'nccl': use 'auto', 'local', 'mirrored',"),
+        (
+            ["train", "digits", "--backend", "local", "--replicas", "2"],
+            "backend 'local' has one replica a process, 2 asked for",
+        ),
         (["train", "digits", "--batch-size", "5000"], "--batch-size 5000 is more than the 1437 examples there are"),
         (["train", "digits", "--lr", "-1"], "--lr -1.0: must be above zero"),
         (["train", "digits", "--out", "/proc/nowhere"], "cannot write to the folder /proc/nowhere"),

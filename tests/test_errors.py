@@ -1,6 +1,5 @@
 """Every mistake of a user gives one clear error, and nothing is applied."""
 
-import json
 import re
 import subprocess
 import sys
@@ -12,6 +11,8 @@ import tensorflow as tf
 from helpers import snapshot
 
 import disttrain as dt
+from disttrain.comm import _check_world as check_world
+from disttrain.comm import _choose as choose
 from disttrain.errors import BackendError, ConfigError, DataError, DisttrainError, LossError
 
 X = np.random.default_rng(0).uniform(0, 1, (6, 4)).astype("float32")
@@ -276,13 +277,13 @@ def test_replicas_are_counted_from_one(replicas):
 
 
 def test_local_has_one_replica():
-    with pytest.raises(ConfigError, match="'local' has one replica, 2 asked for: use backend 'mirrored'"):
+    with pytest.raises(ConfigError, match="'local' has one replica a process, 2 asked for: use backend 'mirrored'"):
         dt.init("local", replicas=2)
     assert dt.init("local", replicas=1).size == 1
 
 
 def test_unknown_backend():
-    with pytest.raises(BackendError, match="unknown backend 'gloo': use 'auto', 'local'"):
+    with pytest.raises(BackendError, match="unknown backend 'gloo': use 'auto', 'local', 'mirrored'"):
         dt.init("gloo")
 
 
@@ -291,20 +292,31 @@ def test_auto_takes_mirrored_where_replicas_are_asked_for():
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE"])
-def test_auto_refuses_to_train_unrelated_models_in_many_processes(monkeypatch, name):
-    monkeypatch.setenv(name, "2")
-    for replicas in (None, 2):
-        with pytest.raises(BackendError, match=f"{name}=2: a launcher started several processes"):
-            dt.init("auto", replicas=replicas)
+def test_auto_goes_by_what_the_launcher_says(monkeypatch, name):
     monkeypatch.setenv(name, "1")
-    assert dt.init().size == 1
+    assert dt.init().name == "local"
+    monkeypatch.setenv(name, "2")
+    assert choose(None) == "horovod"
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    assert choose(None) == "mpi"
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    assert choose(None) == "multiworker"
 
 
-def test_auto_refuses_several_workers_in_tf_config(monkeypatch):
-    workers = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
-    monkeypatch.setenv("TF_CONFIG", json.dumps(workers))
-    with pytest.raises(BackendError, match="TF_CONFIG is set"):
-        dt.init()
+def test_a_process_that_is_alone_although_a_launcher_started_several(monkeypatch, local):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(
+        BackendError, match="OMPI_COMM_WORLD_SIZE=2: a launcher started 2 processes, but backend 'local' sees"
+    ):
+        check_world(local)
+
+
+@pytest.mark.parametrize("options", [{"wire_dtype": "float8"}, {"bucket_mib": 0}, {"stall_timeout": -1}])
+def test_options_of_engines(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name}="):
+        dt.init("mpi", **options)
 
 
 def test_mirrored_asks_for_more_cpus_than_tensorflow_started_with():

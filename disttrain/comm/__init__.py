@@ -72,6 +72,7 @@ def init(
         return LocalCommunicator()
     _refuse_replicas(backend, replicas, "leave it out, the launcher says how many processes there are")
     comm = _processes(backend, wire, stall_timeout)
+    _check_world(comm)
     _agree(comm, {"bucket_mib": bucket_mib, "wire_dtype": wire_dtype, "stall_timeout": stall_timeout})
     return comm
 
@@ -98,6 +99,17 @@ def _processes(backend: str, wire: Wire, stall_timeout: float) -> Communicator:
     from disttrain.comm.multiworker import MultiWorkerCommunicator
 
     return MultiWorkerCommunicator(wire, stall_timeout)
+
+
+def _check_world(comm: Communicator) -> None:
+    """A launcher of one MPI and a library of another leave each process alone in a world of its own."""
+    for name in _WORLD_SIZE_VARIABLES:
+        started = int(os.environ.get(name) or 1)
+        if comm.size == 1 < started and not os.environ.get("TF_CONFIG"):
+            raise BackendError(
+                f"{name}={started}: a launcher started {started} processes, but backend {comm.name!r} sees one. The launcher "
+                "must be that of the same MPI library (for Open MPI from PyPI, the mpirun beside this Python)"
+            )
 
 
 def _refuse_replicas(backend: str, replicas: int | None, mend: str) -> None:
