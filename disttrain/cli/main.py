@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import TracebackType
 
 import click
 from rich.console import Console
@@ -30,6 +31,8 @@ cli.add_command(build_horovod)
 
 def main() -> None:
     """Runs the command line. An error that disttrain knows is one line and exit code 1."""
+    # By way of the hook, not of sys.exit: where there are several ranks, the others are told.
+    sys.excepthook = _one_line
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
@@ -37,14 +40,11 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except DisttrainError as error:
-        if "--debug" in sys.argv:
-            raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]disttrain: error:[/] {_escaped(str(error))}", highlight=False
-        )
-        sys.exit(1)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+def _one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if not isinstance(error, DisttrainError) or "--debug" in sys.argv:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    said = str(error).replace("[", "\\[")
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]disttrain: error:[/] {said}", highlight=False)

@@ -23,7 +23,9 @@ def _common(command: Callable) -> Callable:
     length = f"{defaults['epochs']} epochs" if "epochs" in defaults else f"{defaults['steps']} steps"
     positive = click.IntRange(min=1)
     options = [
-        click.option("--backend", default="auto", show_default=True, help="auto, local or mirrored."),
+        click.option(
+            "--backend", default="auto", show_default=True, help="auto, local, mirrored, horovod, mpi or multiworker."
+        ),
         click.option("--replicas", type=positive, help="GPUs where there are any, else logical CPU devices."),
         click.option(
             "--batch-size",
@@ -113,6 +115,8 @@ def _run(name: str, options: dict[str, Any]) -> None:
     config = TrainConfig(**{**options, "clip_norm": options["clip_norm"] or None})
     folder = make_folder(config.out)
     model, numbers = import_module(f"disttrain.examples.{name}").train(config)
+    if numbers.pop("rank") != 0:
+        return
     model_path = folder / f"{name}.keras"
     model.save(model_path)
     summary = write_summary(folder, {"example": name, **numbers, "config": config.as_dict()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 
@@ -73,6 +74,9 @@ def init(
     _refuse_replicas(backend, replicas, "leave it out, the launcher says how many processes there are")
     comm = _processes(backend, wire, stall_timeout)
     _check_world(comm)
+    if not comm.is_chief:
+        # Rank 0 speaks; the others only when something is wrong.
+        logging.getLogger("disttrain").setLevel(logging.WARNING)
     _agree(comm, {"bucket_mib": bucket_mib, "wire_dtype": wire_dtype, "stall_timeout": stall_timeout})
     return comm
 

@@ -38,4 +38,4 @@ def train(config: TrainConfig) -> tuple[keras.Model, dict[str, Any]]:
         title="charlm",
         **config.length(),
     )
-    return model, {"backend": comm.name, "replicas": comm.size, **numbers}
+    return model, {"backend": comm.name, "rank": comm.rank, "replicas": comm.size, **numbers}

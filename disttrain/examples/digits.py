@@ -51,4 +51,4 @@ def train(config: TrainConfig) -> tuple[keras.Model, dict[str, Any]]:
     )
     validation = batches(config, held_out, shuffle=False)
     numbers = dt.Trainer(step).fit(dataset, validation=validation, title="digits", **config.length())
-    return model, {"backend": comm.name, "replicas": comm.size, **numbers}
+    return model, {"backend": comm.name, "rank": comm.rank, "replicas": comm.size, **numbers}

@@ -18,7 +18,7 @@ def train(config: TrainConfig) -> tuple[keras.Model, dict[str, Any]]:
     seen, held_out = digits.load()
     with comm.scope():
         model = build_model()
-    numbers: dict[str, Any] = {"backend": comm.name, "replicas": comm.size}
+    numbers: dict[str, Any] = {"backend": comm.name, "rank": comm.rank, "replicas": comm.size}
     # The head alone is a linear problem, which bears a larger learning rate.
     for phase, kept, variables, lr in (
         ("digits 0 to 4", range(5), None, config.lr),
