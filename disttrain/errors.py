@@ -4,6 +4,9 @@
 class DisttrainError(Exception):
     """Base class: the command line prints these in one line, without a traceback."""
 
+    # Raised while AutoGraph converts a tf.function, it stays what it is.
+    ag_pass_through = True
+
 
 class ConfigError(DisttrainError, ValueError):
     """An option, a model or an optimizer that cannot be trained as asked."""

@@ -32,6 +32,11 @@ def claim(local_rank: int, local_size: int) -> None:
     _share_cores(local_size)
 
 
+def yield_while_waiting() -> None:
+    """Ranks that wait in Open MPI give their core away; with more ranks than cores nothing moves otherwise."""
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
 def _share_cores(local_size: int) -> None:
     """Threads for this process's part of the cores, where nobody else has set them.
 

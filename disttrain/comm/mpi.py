@@ -7,7 +7,6 @@ back are windows on the same memory. A thread of its own waits in MPI, so that t
 from __future__ import annotations
 
 import math
-import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -48,7 +47,7 @@ class MpiCommunicator(OneReplica):
         local = world.Split_type(self._MPI.COMM_TYPE_SHARED)
         self.local_rank, self.is_chief = local.Get_rank(), self.rank == 0
         devices.claim(self.local_rank, local.Get_size())
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="disttrain-mpi")
+        self._thread = ThreadPoolExecutor(1, "disttrain-mpi")
         self._pool, self._in_flight, self._tickets = _Pool(), {}, 0
         self._half_sums = {dtype: _half_sum(self._MPI, dtype) for dtype in (np.float16, ml_dtypes.bfloat16)}
         self._watchdog = None
@@ -217,8 +216,7 @@ def _half_sum(MPI, dtype) -> tuple:
 
 
 def _import():
-    # Waiting ranks give their core away; with more ranks than cores nothing moves otherwise.
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    devices.yield_while_waiting()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
