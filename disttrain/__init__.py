@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from disttrain import callbacks as callbacks
     from disttrain import losses as losses
     from disttrain.comm import Communicator as Communicator
     from disttrain.comm import init as init
     from disttrain.gradients import transforms as transforms
+    from disttrain.keras import DistributedOptimizer as DistributedOptimizer
     from disttrain.step import TrainStep as TrainStep
     from disttrain.trainer import Trainer as Trainer
     from disttrain.types import Loss as Loss
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 # TensorFlow takes seconds to import; `disttrain --help` should not.
 _HOMES = {
     "Communicator": "disttrain.comm",
+    "DistributedOptimizer": "disttrain.keras",
     "DisttrainError": "disttrain.errors",
     "Loss": "disttrain.types",
     "StepOutput": "disttrain.types",
@@ -25,7 +28,11 @@ _HOMES = {
     "Trainer": "disttrain.trainer",
     "init": "disttrain.comm",
 }
-_MODULES = {"losses": "disttrain.losses", "transforms": "disttrain.gradients.transforms"}
+_MODULES = {
+    "callbacks": "disttrain.callbacks",
+    "losses": "disttrain.losses",
+    "transforms": "disttrain.gradients.transforms",
+}
 
 __all__ = sorted([*_HOMES, *_MODULES, "__version__"])
 

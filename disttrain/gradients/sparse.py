@@ -67,15 +67,17 @@ def zeros(variable, like):
 def of_kind(kind, gradient, variable):
     """The gradient as every replica has it, whatever it is here: "dense", or "sparse" with int64 indices.
 
-    None becomes zeros: this replica's loss does not depend on the variable.
+    None becomes zeros: this replica's loss does not depend on the variable. So does everything where the kind is
+    "none": that no replica's loss depends on it.
     """
     if kind == "dense":
         return tf.zeros(variable.shape, variable.dtype) if gradient is None else densify(gradient, variable)
-    if gradient is None:
-        return _no_rows(variable.shape, variable.dtype, tf.int64, tf.constant(list(variable.shape), tf.int64))
-    return tf.IndexedSlices(
-        gradient.values, tf.cast(gradient.indices, tf.int64), tf.constant(list(variable.shape), tf.int64)
-    )
+    shape = tf.constant(list(variable.shape), tf.int64)
+    if gradient is None or kind == "none":
+        return _no_rows(variable.shape, variable.dtype, tf.int64, shape)
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient, tf.range(shape[0]), shape)
+    return tf.IndexedSlices(gradient.values, tf.cast(gradient.indices, tf.int64), shape)
 
 
 def _no_rows(shape, dtype, index_dtype, dense_shape):
