@@ -19,9 +19,9 @@ WORKLOADS: dict[str, tuple[Callable[[], keras.Model], int]] = {
 }
 
 
-def batch_for(model: keras.Model, examples: int, length: int = 128) -> tuple[np.ndarray, np.ndarray]:
+def batch_for(model: keras.Model, examples: int, length: int = 128, seed: int = _SEED) -> tuple[np.ndarray, np.ndarray]:
     """Random inputs and labels."""
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(seed)
     if model.name == "transformer":
         text = rng.integers(0, 256, (examples, length + 1), dtype=np.int32)
         return text[:, :-1], text[:, 1:]

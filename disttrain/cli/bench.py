@@ -18,6 +18,8 @@ def bench() -> None:
     "--model", "models", multiple=True, type=click.Choice(["mlp", "cnn", "transformer"]), help="Default: all three."
 )
 @click.option("--rounds", type=click.IntRange(min=5), default=40, show_default=True, help="Timed steps of each kind.")
+@click.option("--engine", type=click.Choice(["horovod", "mpi"]), help="In several processes, against Horovod by hand.")
+@click.option("--ranks", type=click.IntRange(min=2), default=2, show_default=True, help="Processes, with --engine.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Also measure the memory of accumulation.")
 @click.option(
     "--out",
@@ -26,7 +28,7 @@ def bench() -> None:
     show_default=True,
     help="Folder for step.json.",
 )
-def step(models: tuple[str, ...], rounds: int, memory: bool, out: Path) -> None:
+def step(models: tuple[str, ...], rounds: int, engine: str | None, ranks: int, memory: bool, out: Path) -> None:
     """TrainStep against a hand-written tf.function loop; accumulation against one big batch."""
     from disttrain.cli.quiet import import_tensorflow
 
@@ -35,7 +37,7 @@ def step(models: tuple[str, ...], rounds: int, memory: bool, out: Path) -> None:
     from rich.table import Table
 
     from disttrain.bench.memory import compare_memory
-    from disttrain.bench.step import compare_step
+    from disttrain.bench.step import compare_step, compare_step_on
     from disttrain.observe.summary import make_folder
 
     folder = make_folder(out)
@@ -47,13 +49,14 @@ def step(models: tuple[str, ...], rounds: int, memory: bool, out: Path) -> None:
     with console.status("timing") as status:
         for model in models or ("mlp", "cnn", "transformer"):
             status.update(f"timing {model}")
-            for row in compare_step(model, rounds):
+            rows = compare_step_on(engine, ranks, model, rounds, folder) if engine else compare_step(model, rounds)
+            for row in rows:
                 results["step"].append(row)
                 table.add_row(
                     model, row["jit"], f"{row['hand_ms']:.2f}", f"{row['ours_ms']:.2f}", f"{row['ratio']:.3f}"
                 )
     console.print(table)
-    if memory:
+    if memory and not engine:
         with console.status("measuring memory"):
             results["memory"] = compare_memory()
         table = Table(
@@ -64,4 +67,43 @@ def step(models: tuple[str, ...], rounds: int, memory: bool, out: Path) -> None:
         console.print(table)
     path = folder / "step.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"results: {path}")
+
+
+@bench.command()
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.Choice(["horovod", "mpi"]),
+    default=["horovod", "mpi"],
+    help="Default: both.",
+)
+@click.option("--ranks", type=click.IntRange(min=2), default=2, show_default=True, help="Processes.")
+@click.option("--rounds", type=click.IntRange(min=5), default=20, show_default=True, help="Timed calls of each engine.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/bench"),
+    show_default=True,
+    help="Folder for allreduce.json.",
+)
+def allreduce(engines: tuple[str, ...], ranks: int, rounds: int, out: Path) -> None:
+    """160 gradients, 100 MB: each engine against MPI_Allreduce alone."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from disttrain.bench.allreduce import compare_allreduce
+    from disttrain.observe.summary import make_folder
+
+    folder = make_folder(out)
+    console = Console()
+    with console.status("timing"):
+        rows = compare_allreduce(list(engines), ranks, rounds, folder)
+    table = Table("engine", "ms", "MPI alone, ms", "ratio", title=f"all-reduce of 160 gradients, 100 MB, {ranks} ranks")
+    for row in rows:
+        table.add_row(row["engine"], f"{row['ms']:.0f}", f"{row['raw_ms']:.0f}", f"{row['ratio']:.2f}")
+    console.print(table)
+    path = folder / "allreduce.json"
+    path.write_text(json.dumps(rows, indent=2) + "\n")
     console.print(f"results: {path}")
