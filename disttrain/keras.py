@@ -23,7 +23,7 @@ from tensorflow.python.ops import control_flow_util
 from disttrain import agreement
 from disttrain.comm.communicator import Communicator
 from disttrain.errors import ConfigError
-from disttrain.gradients import sparse
+from disttrain.gradients import moments, sparse
 from disttrain.types import Gradient, Variable, name_of, tf_variable
 
 _NO_XLA = (
@@ -45,6 +45,9 @@ def DistributedOptimizer(  # noqa: N802, the name that Horovod's users know
     Every rank calls `apply` equally often, with gradients of the same variables. With batches of one size on all ranks
     and "mean", the update is that of one device on the joined batch. Start from equal weights: `comm.broadcast(...)`, or
     `dt.callbacks.Broadcast(comm)` in `fit`.
+
+    From then on layers with `BatchNormalization(synchronized=True)` take their moments over all ranks, each example with the
+    same weight.
 
     In a `tf.distribute` engine ("mirrored", "multiworker") it is used inside `comm.run` or in `fit`. Keras's loss objects
     divide by the number of replicas there, which `fit` takes into account; in a loop of one's own say op="sum" for them.
@@ -70,6 +73,8 @@ def DistributedOptimizer(  # noqa: N802, the name that Horovod's users know
             f"backward_passes_per_step={backward_passes_per_step!r}: a whole number of 1 or more is wanted"
         )
     check_op(op, comm)
+    if comm.size > 1:
+        moments.install(comm.all_reduce)
     return distribute(
         optimizer,
         lambda: Part(Reducer(comm, op, sparse_as_dense=sparse_as_dense), backward_passes_per_step),
