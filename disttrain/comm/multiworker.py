@@ -1,0 +1,202 @@
+"""Many processes, one replica each, over `tf.distribute.MultiWorkerMirroredStrategy`: gRPC, or NCCL between GPUs.
+
+The cluster is what `TF_CONFIG` or Slurm says. Tensors travel by TensorFlow's collectives; objects by the key-value store of
+its coordination service, so that ranks can talk while a function is being traced.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import json
+import os
+import pickle
+import time
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import context
+
+from disttrain.comm import buckets, devices
+from disttrain.comm.one_replica import OneReplica
+from disttrain.comm.watchdog import Watchdog
+from disttrain.errors import BackendError, ConfigError
+from disttrain.types import tf_variable
+
+_OPS = ("sum", "mean", "min", "max")
+# One look at the store. Short, since Python stands still meanwhile, the watchdog's thread included.
+_POLL_MS = 500
+
+
+class MultiWorkerCommunicator(OneReplica):
+    """A group of one replica a process. See `Communicator`.
+
+    Args:
+      wire: how tensors are packed.
+      stall_timeout: seconds; see `Watchdog`. None: no watchdog.
+
+    Raises:
+      BackendError: neither TF_CONFIG nor Slurm describes a cluster, the description is not right, TensorFlow has already
+        started, or there are fewer GPUs than workers on this machine.
+    """
+
+    name = "multiworker"
+
+    def __init__(self, wire: buckets.Wire, stall_timeout: float | None):
+        cluster = _cluster()
+        hosts = [address.rpartition(":")[0] for address in cluster.workers]
+        self.local_rank = hosts[: cluster.rank].count(hosts[cluster.rank])
+        devices.claim(self.local_rank, hosts.count(hosts[cluster.rank]))
+        self._strategy, self._wire = _strategy(cluster), wire
+        self.rank, self.size, self.is_chief = cluster.rank, len(cluster.workers), cluster.rank == 0
+        self._exchanges, self._timeout, self._watchdog = 0, stall_timeout, None
+        if self.size > 1 and stall_timeout:
+            self._watchdog = Watchdog(self.rank, self.size, self.all_gather_object, stall_timeout)
+
+    def scope(self):
+        return self._strategy.scope()
+
+    def owns(self, variable):
+        return self._strategy.extended.variable_created_in_scope(tf_variable(variable))
+
+    def run(self, fn, args=(), *, fused=False):
+        # Never fused: the strategy updates its variables by merge_call, which XLA does not know.
+        return self._strategy.run(fn, args)
+
+    def all_reduce(self, tensors, op="sum"):
+        if op not in _OPS:
+            raise ConfigError(f"op={op!r}: use one of {', '.join(map(repr, _OPS))}")
+        return buckets.all_reduce(self, self._wire, list(tensors), op)
+
+    def reduce_scatter(self, tensor, op="sum"):
+        (reduced,) = self.all_reduce([tensor], op)
+        return tf.split(reduced, self.size)[self.rank]
+
+    def all_gather(self, tensor):
+        return _replica().all_gather(tensor, axis=0)
+
+    def broadcast(self, variables, root=0):
+        self.check_root(root)
+        for variable in map(tf_variable, variables):
+            value = variable.numpy()
+            # Whole words of the root's bytes, and zeros from all others, add up to the root's bytes.
+            words = np.zeros(-(-value.nbytes // 4), np.int32)
+            if self.rank == root:
+                words.view(np.uint8)[: value.nbytes] = np.frombuffer(value.tobytes(), np.uint8)
+            (words,) = self.run(lambda words=words: self.all_reduce([tf.constant(words)]))
+            data = words.numpy().tobytes()[: value.nbytes]
+            variable.assign(np.frombuffer(data, value.dtype).reshape(value.shape))
+
+    def all_gather_object(self, value):
+        self._exchanges += 1
+        with self.waiting("all_gather_object"), tf.init_scope():
+            store = context.context()
+            store.set_config_key_value(self._key(self.rank), base64.b64encode(pickle.dumps(value)).decode())
+            values = [pickle.loads(base64.b64decode(self._get(store, rank))) for rank in range(self.size)]
+            if self._exchanges > 2:
+                # All have read the one before the last, or they had not come to the last.
+                store.delete_config_key_value(self._key(self.rank, self._exchanges - 2))
+        return values
+
+    def barrier(self):
+        self.all_gather_object(None)
+
+    def waiting(self, what):
+        return self._watchdog.waiting(what) if self._watchdog else super().waiting(what)
+
+    def close(self):
+        self.barrier()
+        if self._watchdog:
+            self._watchdog.close()
+
+    # What `buckets` asks for -----------------------------------------------------------------------------------------
+
+    def start(self, tensors, op):
+        if op in ("min", "max"):
+            extreme = {"min": tf.reduce_min, "max": tf.reduce_max}[op]
+            return [extreme(self.all_gather(x[tf.newaxis]), axis=0) for x in tensors]
+        # One tensor for the whole bucket: TensorFlow's own packing is for GPUs alone.
+        sizes = [x.shape.num_elements() for x in tensors]
+        flat = tf.concat([tf.reshape(x, [-1]) for x in tensors], 0)
+        parts = tf.split(_replica().all_reduce(op.upper(), flat), sizes)
+        return [tf.reshape(part, x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+    def finish(self, handle):
+        return handle
+
+    def _key(self, rank: int, exchange: int | None = None) -> str:
+        return f"disttrain/{exchange or self._exchanges}/{rank}"
+
+    def _get(self, store, rank: int) -> str:
+        until = time.monotonic() + (self._timeout or 600)
+        while True:
+            try:
+                return store.get_config_key_value(self._key(rank), _POLL_MS)
+            except tf.errors.DeadlineExceededError:
+                if time.monotonic() > until:
+                    raise BackendError(f"rank {rank} has not answered for {self._timeout:g} s: is it running?") from None
+
+
+class _Cluster(NamedTuple):
+    """Workers by rank, as host:port, and which of them this is."""
+
+    workers: list[str]
+    rank: int
+    resolver: tf.distribute.cluster_resolver.ClusterResolver
+
+
+def _replica():
+    return tf.distribute.get_replica_context()
+
+
+def _strategy(cluster: _Cluster) -> tf.distribute.MultiWorkerMirroredStrategy:
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
+    kinds = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(implementation=kinds.NCCL if on_gpu else kinds.RING)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver, options)
+    except RuntimeError as error:
+        if "program startup" not in str(error):
+            raise
+        raise BackendError(
+            "backend 'multiworker': TensorFlow has already started: call dt.init before anything else uses TensorFlow"
+        ) from None
+
+
+def _cluster() -> _Cluster:
+    if os.environ.get("TF_CONFIG"):
+        return _from_tf_config(os.environ["TF_CONFIG"])
+    if "SLURM_PROCID" in os.environ:
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(jobs={"worker": int(os.environ["SLURM_NTASKS"])})
+        workers = resolver.cluster_spec().as_dict()["worker"]
+        return _Cluster(workers, resolver.task_id, resolver)
+    raise BackendError(
+        "backend 'multiworker': neither TF_CONFIG nor Slurm says who the workers are. Set in each process "
+        """TF_CONFIG='{"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", "index": 0}}'"""
+    )
+
+
+def _from_tf_config(text: str) -> _Cluster:
+    try:
+        config = json.loads(text)
+        jobs, task = dict(config["cluster"]), config["task"]
+        kind, index = task["type"], int(task["index"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise BackendError(
+            f"TF_CONFIG is not what it should be ({type(error).__name__}: {error}): it wants JSON with "
+            '"cluster": {"worker": ["host:port", ...]} and "task": {"type": "worker", "index": number}'
+        ) from None
+    others = sorted(set(jobs) - {"worker", "chief"})
+    if others or kind not in jobs:
+        raise BackendError(
+            f"TF_CONFIG: jobs {', '.join(map(repr, jobs))} and this task {kind!r}; only 'worker' and 'chief' train here"
+        )
+    workers = [*jobs.get("chief", []), *jobs.get("worker", [])]
+    twice = [address for address, count in collections.Counter(workers).items() if count > 1]
+    if twice:
+        raise BackendError(f"TF_CONFIG: address {twice[0]} is there twice; every worker needs its own port")
+    if not 0 <= index < len(jobs[kind]):
+        raise BackendError(f"TF_CONFIG: task index {index}, but there are {len(jobs[kind])} of {kind!r}")
+    rank = index + (len(jobs.get("chief", [])) if kind == "worker" else 0)
+    return _Cluster(workers, rank, tf.distribute.cluster_resolver.TFConfigClusterResolver())
