@@ -71,7 +71,11 @@ def of_kind(kind, gradient, variable):
     "none": that no replica's loss depends on it.
     """
     if kind == "dense":
-        return tf.zeros(variable.shape, variable.dtype) if gradient is None else densify(gradient, variable)
+        if gradient is None:
+            return tf.zeros(variable.shape, variable.dtype)
+        gradient = densify(gradient, variable)
+        gradient.set_shape(variable.shape)  # some layers' gradients do not know it
+        return gradient
     shape = tf.constant(list(variable.shape), tf.int64)
     if gradient is None or kind == "none":
         return _no_rows(variable.shape, variable.dtype, tf.int64, shape)
