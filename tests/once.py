@@ -6,10 +6,10 @@ import pickle
 
 
 def once(tmp_path_factory, name, work):
-    """What `work` returns, in every process of pytest-xdist; only the first that asks does it."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return work()
-    folder = tmp_path_factory.getbasetemp().parent
+    """What `work` returns, for every test and in every process of pytest-xdist; only the first that asks does it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     path = folder / f"{name}.pickle"
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
