@@ -27,7 +27,10 @@ _NAMED = 4
 
 def facts_about(variables: Sequence[Variable], state: Sequence[Variable], options: dict[str, Any]) -> dict[str, str]:
     """What this rank is about to train, in words that can be compared: name -> description."""
-    facts = {name: _plain(value) for name, value in options.items()}
+    facts = {}
+    for name, value in options.items():
+        settings = _settings(value)
+        facts |= {f"{name}{setting and ' '}{setting}": _plain(x) for setting, x in settings.items()}
     for word, group in (("trained", variables), ("state", state)):
         facts |= {f"{word} variable {name_of(v)}": f"{v.dtype} {tuple(v.shape)}".replace("'", "") for v in group}
     return facts
@@ -102,10 +105,16 @@ def _checksums(variables: tuple) -> tf.Tensor:
     return checksums(variables)
 
 
+def _settings(value: Any) -> dict[str, Any]:
+    """An optimizer by its settings, so that an error names the one that differs; anything else as it is."""
+    if not isinstance(value, keras.optimizers.Optimizer):
+        return {"": value}
+    # The name is for people, and Keras counts it up.
+    return {"": type(value).__qualname__} | {name: x for name, x in value.get_config().items() if name != "name"}
+
+
 def _plain(value: Any, *, deep: bool = True) -> str:
     """A description without addresses: the same on every rank for the same value."""
-    if isinstance(value, keras.optimizers.Optimizer):
-        return json.dumps(value.get_config(), sort_keys=True, default=_plain)
     if isinstance(value, np.generic | np.ndarray):
         return str(value.tolist())
     if isinstance(value, dict):

@@ -117,23 +117,27 @@ class TrainStep:
         shares = None if batch is None else self.comm.local_shares(batch)
         if not self._started:
             self._start(shares)
-        if shares is None:
-            shares = self._empty_shares
-        shape = tuple(x.shape for x in tf.nest.flatten(shares))
+        with self.comm.waiting(self._waits_in):
+            return self._do(shares)
+
+    def _do(self, shares: list[Any] | None) -> StepOutput:
+        """One step; done again where it turns out that it must be compiled in another way."""
+        self._live = shares is not None
+        mine = shares if self._live else self._empty_shares
+        shape = tuple(x.shape for x in tf.nest.flatten(mine))
         plan = self._jit.plan(shape)
         start = time.perf_counter()
         try:
-            with self.comm.waiting(self._waits_in):
-                report = self._program(plan)((shares, tf.constant([0.0 if batch is None else 1.0])))
-                applied = bool(report["applied"])
+            report = self._program(plan)((mine, tf.constant([float(self._live)])))
+            applied = bool(report["applied"])
         except tf.errors.OpError as error:
             if not self._jit.give_up(plan, error):
                 raise
-            return self(batch)
+            return self._do(shares)
         self._jit.record(plan, shape, time.perf_counter() - start)
         if not applied and any(report["unforeseen"].numpy()):
             self._forget_programs()
-            return self(batch)
+            return self._do(shares)
         self._calls += 1
         if not applied and report["live"] > 0:
             self._explain(report)
@@ -270,13 +274,13 @@ class TrainStep:
     def _flags(self, local: Sums, gradients: list, live: tf.Tensor) -> dict[str, tf.Tensor]:
         """What this replica knows and the others do not, as numbers that can be added up.
 
-        "live": 1 if its worker brought a batch; "present" [variables]: 1 where its loss reaches the variable;
+        "live": 1 if its worker brought a batch; "present" [variables]: 1 where the loss of that reaches the variable;
         "broken" [size]: 1 at its own place if its gradients or its loss are not finite.
         """
-        replica = self.comm.replica_id()
+        replica, live = self.comm.replica_id(), tf.reshape(live, [])
         flags = {
-            "live": tf.reshape(live, []) if replica == self.comm.rank else tf.constant(0.0),
-            "present": tf.constant([float(g is not None) for g in local.gradients]),
+            "live": live if replica == self.comm.rank else tf.constant(0.0),
+            "present": live * tf.constant([float(g is not None) for g in local.gradients]),
             "broken": tf.zeros([self.comm.size]),
         }
         if self.comm.size > 1:  # else the check of the whole sees the same, and is spared a pass over the gradients
@@ -291,10 +295,9 @@ class TrainStep:
         finite = tf.math.is_finite(norm) & tf.math.is_finite(scalars["total"])
         violations = tf.add_n([tf.constant(0.0), *scalars["checks"].values()])
         # A later batch may reach other variables than those that the workers have agreed on.
-        foreseen = tf.constant([kind != "none" or self.on_none == "zeros" for kind in self._kinds])
-        unforeseen = (flags["present"] > 0) != foreseen
-        if self.on_none == "zeros":
-            unforeseen = tf.zeros_like(unforeseen)
+        present, foreseen = flags["present"] > 0, tf.constant([kind != "none" for kind in self._kinds])
+        unforeseen = present & ~foreseen if self.on_none == "zeros" else tf.not_equal(present, foreseen)
+        unforeseen &= flags["live"] > 0
         return {
             "loss": tf.math.divide_no_nan(scalars["total"], scalars["weight"]),
             "weight": scalars["weight"],
@@ -316,14 +319,17 @@ class TrainStep:
         kinds = [agreement.kind_of(gradients) for gradients in zip(*by_replica, strict=True)]
         # One worker alone may trace again; with several, all agree in the first trace, and the flags tell of changes.
         if self._kinds is None or not self._several_workers:
-            self._kinds = agreement.agree_on_kinds(self.comm, kinds)
-        unreached = [name_of(v) for v, kind in zip(self.variables, self._kinds, strict=True) if kind == "none"]
+            kinds = agreement.agree_on_kinds(self.comm, kinds if self._live else ["none"] * len(kinds))
+        else:
+            kinds = self._kinds
+        unreached = [name_of(v) for v, kind in zip(self.variables, kinds, strict=True) if kind == "none"]
         if len(unreached) == len(kinds) or (unreached and self.on_none == "error"):
             raise GradientError(
                 f"the loss does not reach {', '.join(unreached)}: leave them out with variables=, "
                 "or say on_none='zeros' or on_none='skip'"
             )
-        return [kind != "none" or self.on_none != "skip" for kind in self._kinds]
+        self._kinds = kinds
+        return [kind != "none" or self.on_none != "skip" for kind in kinds]
 
     def _with_gradient(self, reached: list[bool]) -> list[Variable]:
         return list(itertools.compress(self.variables, reached))

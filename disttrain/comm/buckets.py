@@ -62,8 +62,9 @@ class Engine(Protocol):
 
 def all_reduce(engine: Engine, wire: Wire, tensors: Sequence, op: str) -> list:
     """Reduces tensors and IndexedSlices over ranks; see `Communicator.all_reduce`."""
-    results: list = [None] * len(tensors)
-    dense = [i for i, x in enumerate(tensors) if not isinstance(x, tf.IndexedSlices)]
+    # What holds no elements stays here: there is nothing to add up, and TensorFlow's own collectives crash on it.
+    results: list = list(tensors)
+    dense = [i for i, x in enumerate(tensors) if not isinstance(x, tf.IndexedSlices) and x.shape.num_elements() != 0]
     started = []
     for bucket in plan([tensors[i] for i in dense], round(wire.bucket_mib * MIB)):
         places = [dense[i] for i in bucket]
@@ -99,6 +100,10 @@ def _send(engine: Engine, narrow: tf.DType | None, tensors: list, op: str) -> Ca
         # Sums of half precision overflow and round; on the way they have room.
         handle = engine.start([tf.cast(x, tf.float32) for x in tensors], op)
         return lambda: [tf.cast(x, dtype) for x in engine.finish(handle)]
+    if dtype.is_integer and op == "mean":
+        # Engines differ in how they divide whole numbers; this is as `tf.reduce_mean` does.
+        handle = engine.start(tensors, "sum")
+        return lambda: [tf.truncatediv(x, tf.constant(engine.size, dtype)) for x in engine.finish(handle)]
     large = [dtype == tf.float32 and (x.shape.num_elements() or 0) >= _WORTH_NARROWING for x in tensors]
     if narrow is None or not any(large):
         handle = engine.start(tensors, op)

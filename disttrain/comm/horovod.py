@@ -37,15 +37,17 @@ class HorovodCommunicator(OneReplica):
     def __init__(self, wire: buckets.Wire, stall_timeout: float | None):
         self._hvd, self._ops = _import()
         if stall_timeout:
-            # Horovod's own guard knows tensors that some ranks have not sent; the watchdog knows ranks.
+            # Horovod's own guard knows tensors that some ranks have not sent. The watchdog knows ranks, and comes first.
             os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, int(stall_timeout / 2))))
-            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(max(2, int(stall_timeout))))
+            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(2 * max(2, int(stall_timeout))))
         devices.yield_while_waiting()
         _do_not_copy_on_one_host()
         self._hvd.init()
         self.rank, self.size, self.local_rank = self._hvd.rank(), self._hvd.size(), self._hvd.local_rank()
         self.is_chief, self._wire = self.rank == 0, wire
         devices.claim(self.local_rank, self._hvd.local_size())
+        with tf.device("CPU"):
+            self._zero = tf.Variable(0, trainable=False)
         self._watchdog = None
         if self.size > 1 and stall_timeout:
             self._watchdog = Watchdog(self.rank, self.size, self.all_gather_object, stall_timeout)
@@ -56,16 +58,16 @@ class HorovodCommunicator(OneReplica):
         return buckets.all_reduce(self, self._wire, list(tensors), op)
 
     def reduce_scatter(self, tensor, op="sum"):
-        if op not in ("sum", "mean"):
+        if op not in ("sum", "mean") or tensor.dtype not in (tf.float32, tf.float64):
             (reduced,) = self.all_reduce([tensor], op)
             return tf.split(reduced, self.size)[self.rank]
         name = self._name("reduce_scatter", tensor)
-        return self._ops._reducescatter(_at_run_time(tensor), name=name, op=self._op(op), ignore_name_scope=True)
+        return self._ops._reducescatter(self.at_run_time(tensor), name=name, op=self._op(op), ignore_name_scope=True)
 
     def all_gather(self, tensor):
         if tensor.dtype in _UNKNOWN:
             return tf.bitcast(self.all_gather(tf.bitcast(tensor, tf.uint8)), tensor.dtype)
-        return self._ops.allgather(_at_run_time(tensor), name=self._name("all_gather"), ignore_name_scope=True)
+        return self._ops.allgather(self.at_run_time(tensor), name=self._name("all_gather"), ignore_name_scope=True)
 
     def broadcast(self, variables, root=0):
         self.check_root(root)
@@ -97,7 +99,7 @@ class HorovodCommunicator(OneReplica):
     def start(self, tensors, op):
         if tensors[0].dtype == tf.bfloat16:
             return self._sum_of_bfloat16(tensors)
-        name, tensors = self._name(op, *tensors), [_at_run_time(x) for x in tensors]
+        name, tensors = self._name(op, *tensors), [self.at_run_time(tensors[0]), *tensors[1:]]
         if len(tensors) == 1:
             return [self._ops._allreduce(tensors[0], name=name, op=self._op(op), ignore_name_scope=True)]
         return self._ops._grouped_allreduce(tensors, name=name, op=self._op(op), ignore_name_scope=True)
@@ -110,7 +112,7 @@ class HorovodCommunicator(OneReplica):
         flat = tf.concat([tf.reshape(x, [-1]) for x in tensors], 0)
         part = -(-flat.shape[0] // self.size)
         flat = tf.pad(flat, [[0, part * self.size - flat.shape[0]]])
-        bits = _at_run_time(tf.bitcast(flat, tf.uint16))
+        bits = self.at_run_time(tf.bitcast(flat, tf.uint16))
         bits = self._ops.alltoall(bits, name=self._name("all_to_all", bits), ignore_name_scope=True)
         parts = tf.reshape(tf.bitcast(bits, tf.bfloat16), [self.size, part])
         mine = tf.cast(tf.reduce_sum(tf.cast(parts, tf.float32), axis=0), tf.bfloat16)
@@ -119,6 +121,22 @@ class HorovodCommunicator(OneReplica):
             whole[: sum(x.shape.num_elements() for x in tensors)], [x.shape.num_elements() for x in tensors]
         )
         return [tf.reshape(piece, x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+
+    def at_run_time(self, tensor: tf.Tensor) -> tf.Tensor:
+        """The same, but certainly no constant.
+
+        Horovod's ops do not say that they are more than functions of their inputs. Were all of these constants,
+        TensorFlow would run the op while it prepares the graph, where this rank may be alone, and never again.
+        """
+        if tf.executing_eagerly():
+            return tensor
+        if tensor.shape.rank == 0:
+            return tf.reshape(self.at_run_time(tf.reshape(tensor, [1])), [])
+        # The whole, from a place that is known when the program runs: not copied, and not optimized away.
+        rank = tf.rank(tensor)
+        whole = tf.slice(tensor, tf.fill([rank], self._zero), tf.fill([rank], -1))
+        whole.set_shape(tensor.shape)
+        return whole
 
     def _name(self, kind: str, *tensors) -> str:
         """The same on all ranks for the same collective, and its own in every program: Horovod pairs tensors by name."""
@@ -131,17 +149,6 @@ class HorovodCommunicator(OneReplica):
         if op not in ops:
             raise ConfigError(f"op={op!r}: use one of {', '.join(map(repr, ops))}")
         return ops[op]
-
-
-def _at_run_time(tensor: tf.Tensor) -> tf.Tensor:
-    """The same, and no constant any more.
-
-    Horovod's ops do not say that they are more than functions of their inputs. On constants TensorFlow would run them
-    while it optimizes the graph, where this rank may be alone, and never again.
-    """
-    if tf.executing_eagerly():
-        return tensor
-    return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=tensor.shape)
 
 
 def _do_not_copy_on_one_host() -> None:

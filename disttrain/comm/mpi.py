@@ -60,6 +60,9 @@ class MpiCommunicator(OneReplica):
         return buckets.all_reduce(self, self._wire, list(tensors), op)
 
     def reduce_scatter(self, tensor, op="sum"):
+        if tensor.dtype not in (tf.float32, tf.float64):  # `all_reduce` sums halves wide, and divides whole numbers
+            (reduced,) = self.all_reduce([tensor], op)
+            return tf.split(reduced, self.size)[self.rank]
         shape = [tensor.shape[0] // self.size, *tensor.shape[1:]] if tensor.shape[0] else [None, *tensor.shape[1:]]
 
         def reduce(x: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import functools
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute import mirrored_strategy
 from tensorflow.python.eager import context
 
 from disttrain.comm import buckets, devices
@@ -25,6 +27,8 @@ from disttrain.errors import BackendError, ConfigError
 from disttrain.types import tf_variable
 
 _OPS = ("sum", "mean", "min", "max")
+# Types that TensorFlow gathers; others travel as one of these.
+_GATHERED = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
 # One look at the store. Short, since Python stands still meanwhile, the watchdog's thread included.
 _POLL_MS = 500
 
@@ -74,7 +78,17 @@ class MultiWorkerCommunicator(OneReplica):
         return tf.split(reduced, self.size)[self.rank]
 
     def all_gather(self, tensor):
-        return _replica().all_gather(tensor, axis=0)
+        if tensor.dtype not in _GATHERED:
+            if tensor.dtype.size == 1:
+                return tf.cast(self.all_gather(tf.cast(tensor, tf.int32)), tensor.dtype)
+            same_bits = {2: tf.float16, 4: tf.int32, 8: tf.int64}[tensor.dtype.size]
+            return tf.bitcast(self.all_gather(tf.bitcast(tensor, same_bits)), tensor.dtype)
+        # Where no replica has a row TensorFlow crashes: one that has none sends one, which is taken out again.
+        rows = tf.shape(tensor)[0]
+        padding = [[0, tf.cast(rows == 0, tf.int32)], *[[0, 0]] * (tensor.shape.rank - 1)]
+        counts = _replica().all_gather(rows[tf.newaxis], axis=0)
+        whole = _replica().all_gather(tf.pad(tensor, padding), axis=0)
+        return tf.boolean_mask(whole, tf.repeat(counts > 0, tf.maximum(counts, 1)))
 
     def broadcast(self, variables, root=0):
         self.check_root(root)
@@ -113,13 +127,15 @@ class MultiWorkerCommunicator(OneReplica):
     # What `buckets` asks for -----------------------------------------------------------------------------------------
 
     def start(self, tensors, op):
-        if op in ("min", "max"):
-            extreme = {"min": tf.reduce_min, "max": tf.reduce_max}[op]
-            return [extreme(self.all_gather(x[tf.newaxis]), axis=0) for x in tensors]
         # One tensor for the whole bucket: TensorFlow's own packing is for GPUs alone.
         sizes = [x.shape.num_elements() for x in tensors]
         flat = tf.concat([tf.reshape(x, [-1]) for x in tensors], 0)
-        parts = tf.split(_replica().all_reduce(op.upper(), flat), sizes)
+        if op in ("min", "max"):
+            extreme = {"min": tf.reduce_min, "max": tf.reduce_max}[op]
+            reduced = extreme(_replica().all_gather(flat[tf.newaxis], axis=0), axis=0)
+        else:
+            reduced = _replica().all_reduce(op.upper(), flat)
+        parts = tf.split(reduced, sizes)
         return [tf.reshape(part, x.shape) for part, x in zip(parts, tensors, strict=True)]
 
     def finish(self, handle):
@@ -155,13 +171,18 @@ def _strategy(cluster: _Cluster) -> tf.distribute.MultiWorkerMirroredStrategy:
     kinds = tf.distribute.experimental.CommunicationImplementation
     options = tf.distribute.experimental.CommunicationOptions(implementation=kinds.NCCL if on_gpu else kinds.RING)
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver, options)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver, options)
     except RuntimeError as error:
         if "program startup" not in str(error):
             raise
         raise BackendError(
             "backend 'multiworker': TensorFlow has already started: call dt.init before anything else uses TensorFlow"
         ) from None
+    # Each rank makes its variables alone, as with every other engine; `broadcast` makes them equal. The strategy would
+    # copy each from rank 0 as it is made, and crash or wait where the ranks' models differ, before anybody can say so.
+    extended, alone = strategy.extended, mirrored_strategy.MirroredExtended._get_variable_creator_initial_value
+    extended._get_variable_creator_initial_value = functools.partial(alone, extended)
+    return strategy
 
 
 def _cluster() -> _Cluster:

@@ -15,13 +15,17 @@ import logging
 import os
 import secrets
 import selectors
+import signal
 import socket
 import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow as tf
 
 from disttrain.errors import BackendError
 
@@ -32,6 +36,14 @@ EXIT_CODE = 1
 _CONNECT_SECONDS = 20
 # A rank may leave while others are still on their way out of the last collective.
 _LEAVING_SECONDS = 3
+# What engines raise where another rank has gone in the middle of a collective. None of them says which.
+_ENGINE_ERRORS = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.InternalError,
+    tf.errors.UnavailableError,
+    tf.errors.UnknownError,
+)
 
 
 class Watchdog:
@@ -46,14 +58,15 @@ class Watchdog:
     def __init__(self, rank: int, size: int, exchange: Callable[[Any], list], stall_timeout: float):
         self.rank, self.stall_timeout = rank, stall_timeout
         self._count, self._depth, self._what, self._since = 0, 0, "the start", time.monotonic()
-        self._lock, self._closing, self._rank0_left = threading.Lock(), False, False
+        self._lock, self._told = threading.Lock(), threading.Event()
+        self._closing = self._raising = False
         self._tick = min(1.0, stall_timeout / 4)
-        host = socket.gethostname()
-        one_host = len(set(exchange(host))) == 1
-        server = _Server(size, stall_timeout, self._tick, one_host) if rank == 0 else None
-        addresses, port, token = exchange(server and server.address)[0]
+        self._processes = exchange(_Process(rank, socket.gethostname(), _machine(), os.getpid()))
+        self._me, self._rank0 = self._processes[rank], self._processes[0]
+        self._server = _Server(self._processes, stall_timeout, self._tick) if rank == 0 else None
+        addresses, port, token = exchange(self._server and self._server.address)[0]
         self._line = _connect(addresses, port)
-        self._send(kind="hello", token=token, name=f"rank {rank} (host {host}, process {os.getpid()})")
+        self._send(kind="hello", token=token)
         threading.Thread(target=self._listen, name="disttrain-watchdog", daemon=True).start()
         self._hook()
 
@@ -68,10 +81,15 @@ class Watchdog:
 
     def close(self) -> None:
         """Says good-bye; from now on this rank may end without taking the others with it."""
-        if not self._closing:
-            self._closing = True
-            with contextlib.suppress(OSError):
-                self._send(kind="bye")
+        if self._closing or os.getpid() != self._me.pid:  # a fork has nothing to say
+            return
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._beat()
+            self._send(kind="bye")
+        if self._server:
+            # All lines end with this process: the others must know first that it is no accident.
+            self._server.told_good_bye.wait(_LEAVING_SECONDS)
 
     def _note(self, change: int, what: str) -> None:
         with self._lock:
@@ -86,46 +104,51 @@ class Watchdog:
 
     def _listen(self) -> None:
         """Says where this rank is, hears what rank 0 has to say, and ends the process if it must."""
-        lines, heard = _Lines(self._line), time.monotonic()
+        lines = _Lines(self._line)
+        heard = looked = time.monotonic()
+        rank0_count = None  # collectives that rank 0 came to before it left
         self._line.settimeout(self._tick)
         while not self._closing:
-            try:
+            with contextlib.suppress(OSError):
                 self._beat()
+            try:
                 messages = lines.read()
             except OSError:
                 messages = None
             now = time.monotonic()
-            if messages is None:
-                if not self._rank0_left and not self._closing:
-                    self._end("rank 0 has ended without a word (killed?)")
-                self._await_nobody(now)
-                time.sleep(self._tick)
-                continue
-            heard = now if messages else heard
-            for message in messages:
+            for message in messages or ():
                 if message["kind"] == "bye":
-                    self._rank0_left = True
+                    rank0_count = message["count"]
                 elif message["kind"] == "verdict":
-                    self._end(message["text"])
-            if now - heard > self.stall_timeout:
-                self._end(f"rank 0 has not answered for {self.stall_timeout:g} s, {self._where()}")
+                    self._told.set()
+                    self._end(message["text"], message["stopped"])
+            # A process that itself stood still cannot tell whether others did.
+            heard = now if messages or now - looked > self.stall_timeout / 2 else heard
+            looked = now
+            if rank0_count is not None:
+                if self._depth > 0 and self._count > rank0_count and now - self._since > _LEAVING_SECONDS:
+                    self._end(f"{self._rank0} has left, {self._where()}")
+            elif messages is None:
+                self._end(f"{self._rank0} has ended without a word (killed?), {self._where()}")
+            elif now - heard > self.stall_timeout:
+                self._end(f"{self._rank0} has not answered for {self.stall_timeout:g} s, {self._where()}", stopped=0)
+            if messages is None:
+                time.sleep(self._tick)
 
     def _beat(self) -> None:
         with self._lock:
             state = {"count": self._count, "inside": self._depth > 0, "what": self._what, "since": self._since}
         self._send(kind="beat", seconds=time.monotonic() - state.pop("since"), **state)
 
-    def _await_nobody(self, now: float) -> None:
-        if self._depth > 0 and now - self._since > _LEAVING_SECONDS:
-            self._end(f"rank 0 has left, {self._where()}")
-
     def _where(self) -> str:
-        return f"rank {self.rank} waits in {self._what}" if self._depth else f"rank {self.rank} is past {self._what}"
+        return f"{self._me} {'waits in' if self._depth else 'is past'} {self._what}"
 
-    def _end(self, text: str) -> None:
-        if not self._closing:
+    def _end(self, text: str, stopped: int | None = None) -> None:
+        if not self._closing and not self._raising:
             log.error("rank %d ends: %s", self.rank, text)
             _flush()
+            if stopped is not None:
+                self._processes[stopped].kill_from(self._me)
             os._exit(EXIT_CODE)
 
     def _hook(self) -> None:
@@ -133,34 +156,63 @@ class Watchdog:
         before = sys.excepthook
 
         def hook(kind, value, traceback):
+            if self._closing or os.getpid() != self._me.pid:
+                before(kind, value, traceback)
+                return
+            if issubclass(kind, _ENGINE_ERRORS):
+                # Most likely another rank has gone. Rank 0 finds out which, and ends this process meanwhile.
+                with self.waiting(self._what):
+                    time.sleep(2 * _LEAVING_SECONDS)
+            self._raising = True
             before(kind, value, traceback)
             _flush()
             with contextlib.suppress(OSError):
-                self._send(kind="raised", text=f"{kind.__name__}: {value}".splitlines()[0][:300])
+                self._send(kind="raised", text=f"{kind.__name__}: {value}".splitlines()[0].rstrip(": ")[:300])
+                self._told.wait(_LEAVING_SECONDS)
             # Not by way of MPI_Finalize and the like, which would wait for the others.
-            time.sleep(self._tick)
             os._exit(EXIT_CODE)
 
         sys.excepthook = hook
         atexit.register(self.close)
 
 
+class _Process(NamedTuple):
+    """Where a rank runs."""
+
+    rank: int
+    host: str
+    machine: str
+    pid: int
+
+    def __str__(self):
+        return f"rank {self.rank} (host {self.host}, process {self.pid})"
+
+    def kill_from(self, other: _Process) -> None:
+        """Ends the process if it is on the machine of `other`: one that was stopped does not hear that all is over."""
+        if self.machine == other.machine:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
 class _Server:
     """On rank 0: hears all ranks and judges."""
 
-    def __init__(self, size: int, stall_timeout: float, tick: float, one_host: bool):
-        self._size, self._timeout, self._tick = size, stall_timeout, tick
+    def __init__(self, processes: list[_Process], stall_timeout: float, tick: float):
+        self._timeout, self._tick = stall_timeout, tick
+        self._ranks = [_Rank(process) for process in processes]
         self._token = secrets.token_hex(16)
-        self._listener = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=size)
+        one_host = len({process.host for process in processes}) == 1
+        self._listener = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=len(processes))
         addresses = ["127.0.0.1"] if one_host else _addresses()
         self.address = (addresses, self._listener.getsockname()[1], self._token)
-        self._ranks: dict[int, _Rank] = {}
+        self.told_good_bye, self._certain = threading.Event(), False
         threading.Thread(target=self._serve, name="disttrain-watchdog-server", daemon=True).start()
 
     def _serve(self) -> None:
         selector = selectors.DefaultSelector()
         selector.register(self._listener, selectors.EVENT_READ, None)
-        judged = 0.0
+        judged = time.monotonic()
+        patient_until = 0.0
         while True:
             for key, _ in selector.select(self._tick):
                 if key.data is None:
@@ -169,69 +221,92 @@ class _Server:
                     selector.register(line, selectors.EVENT_READ, _Lines(line))
                 elif not self._hear(key.fileobj, key.data):
                     selector.unregister(key.fileobj)
-            if time.monotonic() - judged > self._tick:
-                judged = time.monotonic()
+            now = time.monotonic()
+            if now - judged > self._timeout / 2:
+                # This process itself stood still (with all others, perhaps): what it has heard is old.
+                patient_until = now + self._timeout
+            if self._certain or now - judged > self._tick:
+                judged = now
                 self._tell({"kind": "beat"})
-                text = self._verdict(judged)
-                if text:
-                    self._tell({"kind": "verdict", "text": text})
+                verdict = self._accident(now) or (now > patient_until and self._stall(now))
+                if verdict:
+                    text, stopped = verdict
+                    self._tell({"kind": "verdict", "text": text, "stopped": stopped})
                     return
 
     def _hear(self, line: socket.socket, lines: _Lines) -> bool:
         """Takes in what came over a line; False when it has ended."""
         try:
             messages = lines.read()
-        except OSError:
+            for message in messages or []:
+                self._take(line, message)
+        except (OSError, ValueError, LookupError, TypeError):  # the last three: a stranger
             messages = None
         if messages is None:
-            for rank in self._ranks.values():
+            for rank in self._ranks:
                 rank.gone = rank.gone or rank.line is line
-            return False
-        for message in messages:
-            if message["kind"] == "hello" and secrets.compare_digest(message["token"], self._token):
-                self._ranks[message["rank"]] = _Rank(message["name"], line)
-            known = self._ranks.get(message["rank"])
-            if known and known.line is line:
-                known.hear(message)
-        if any(m["kind"] == "bye" and m["rank"] == 0 for m in messages):
-            self._tell({"kind": "bye"})
-        return True
+                self._certain |= rank.gone and not rank.left
+        return messages is not None
+
+    def _take(self, line: socket.socket, message: dict) -> None:
+        rank = self._ranks[message["rank"]]
+        if message["kind"] == "hello" and secrets.compare_digest(message["token"], self._token):
+            rank.line = line
+        if rank.line is line:
+            rank.hear(message)
+            self._certain |= rank.raised is not None
+            if rank.left and rank.process.rank == 0:
+                self._tell({"kind": "bye", "count": rank.count})
+                self.told_good_bye.set()
 
     def _tell(self, message: dict) -> None:
         data = json.dumps(message).encode() + b"\n"
-        for rank in self._ranks.values():
-            with contextlib.suppress(OSError):
-                rank.line.sendall(data)
+        # Rank 0 comes last: when it hears the verdict, this process ends.
+        for rank in reversed(self._ranks):
+            if rank.line:
+                with contextlib.suppress(OSError):
+                    rank.line.sendall(data)
 
-    def _verdict(self, now: float) -> str | None:
-        """What is wrong, in the order of certainty; None if nothing is."""
-        ranks = [self._ranks[r] for r in sorted(self._ranks)]
-        waiting = [r for r in ranks if r.inside and not r.left and not r.gone]
-        front = max(waiting, key=lambda r: r.count, default=None)
-        for rank in ranks:
+    def _accident(self, now: float) -> tuple[str, None] | None:
+        """Who has raised, died, or left the others waiting; None if nobody has."""
+        front = self._front()
+        for rank in self._ranks:
             if rank.raised:
-                return f"{rank.name} raised {rank.raised}"
+                return f"{rank.process} raised {rank.raised}", None
+        for rank in self._ranks:
             if rank.gone and not rank.left:
-                return f"{rank.name} has ended without a word (killed?); it was {rank.place()}"
+                return f"{rank.process} has ended without a word (killed?); it was {rank.place()}", None
             if rank.left and front and front.count > rank.count and front.waited(now) > _LEAVING_SECONDS:
-                return f"{rank.name} has left, and {front.name} waits for it in {front.what}"
-        for rank in ranks:
-            if not rank.left and now - rank.heard > self._timeout:
-                others = f"; {front.name} waits in {front.what}" if front else ""
-                return f"{rank.name} has not answered for {self._timeout:g} s; it was {rank.place()}{others}"
-        if front and front.waited(now) > self._timeout:
-            behind = [r for r in ranks if r.count < front.count]
-            if behind:
-                said = "; ".join(f"{r.name} has not come there, it was {r.place()}" for r in behind)
-                return f"{front.name} has waited for {self._timeout:g} s in {front.what}: {said}"
+                return f"{rank.process} has left, and {front.process} waits for it in {front.what}", None
         return None
+
+    def _stall(self, now: float) -> tuple[str, int | None] | None:
+        """Who has fallen behind, or has stopped and must be killed; None if nobody has."""
+        front = self._front()
+        for rank in self._ranks:
+            if not rank.left and now - rank.heard > self._timeout:
+                others = f"; {front.process} waits in {front.what}" if front and front is not rank else ""
+                said = f"{rank.process} has not answered for {self._timeout:g} s; it was {rank.place()}{others}"
+                return said, rank.process.rank
+        if front and front.waited(now) > self._timeout:
+            behind = [r for r in self._ranks if r.count < front.count]
+            if behind:
+                said = "; ".join(f"{r.process} has not come there, it was {r.place()}" for r in behind)
+                return f"{front.process} has waited for {self._timeout:g} s in {front.what}: {said}", None
+        return None
+
+    def _front(self) -> _Rank | None:
+        """The rank that waits in the last collective that any has come to."""
+        waiting = [r for r in self._ranks if r.inside and not r.left and not r.gone]
+        return max(waiting, key=lambda r: r.count, default=None)
 
 
 class _Rank:
     """What rank 0 knows of a rank."""
 
-    def __init__(self, name: str, line: socket.socket):
-        self.name, self.line = name, line
+    def __init__(self, process: _Process):
+        self.process = process
+        self.line: socket.socket | None = None
         self.left = self.gone = self.inside = False
         self.raised: str | None = None
         self.count, self.what = 0, "the start"
@@ -270,6 +345,14 @@ class _Lines:
             return None
         *whole, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(x) for x in whole]
+
+
+def _machine() -> str:
+    """The same for all processes that can signal each other by their ids: a boot, and a container in it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return secrets.token_hex(16)
 
 
 def _connect(addresses: list[str], port: int) -> socket.socket:

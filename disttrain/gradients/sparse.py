@@ -67,17 +67,17 @@ def zeros(variable, like):
 def of_kind(kind, gradient, variable):
     """The gradient as every replica has it, whatever it is here: "dense", or "sparse" with int64 indices.
 
-    None becomes zeros: this replica's loss does not depend on the variable. So does everything where the kind is
-    "none": that no replica's loss depends on it.
+    None becomes zeros: this replica's loss does not depend on the variable. "none", of a variable that no replica's loss
+    depends on, makes zeros of everything.
     """
+    if kind == "none" or (kind == "dense" and gradient is None):
+        return tf.zeros(variable.shape, variable.dtype)
     if kind == "dense":
-        if gradient is None:
-            return tf.zeros(variable.shape, variable.dtype)
         gradient = densify(gradient, variable)
         gradient.set_shape(variable.shape)  # some layers' gradients do not know it
         return gradient
     shape = tf.constant(list(variable.shape), tf.int64)
-    if gradient is None or kind == "none":
+    if gradient is None:
         return _no_rows(variable.shape, variable.dtype, tf.int64, shape)
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(gradient, tf.range(shape[0]), shape)

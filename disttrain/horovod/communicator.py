@@ -29,6 +29,8 @@ class ProcessSetCommunicator(HorovodCommunicator):
         self, process_set: Any = hvd.global_process_set, compression: Any = Compression.none, predivide: float = 1.0
     ):
         self._hvd, self._ops, self._watchdog = hvd, hvd.mpi_ops, None
+        with tf.init_scope():
+            self._zero = tf.Variable(0, trainable=False)
         self.process_set, self._predivide = process_set, predivide
         # Its scales are for the number of ranks that there are; an elastic job may change it.
         narrow = compressions.is_fp16(compression) and not elastic_job()
@@ -61,9 +63,10 @@ class ProcessSetCommunicator(HorovodCommunicator):
         name = self._name("all_gather")
         if tensor.dtype == tf.bfloat16:  # which Horovod does not know
             return tf.cast(self.all_gather(tf.cast(tensor, tf.float32)), tensor.dtype)
-        return hvd.allgather(tensor, name=name, ignore_name_scope=True, process_set=self.process_set)
+        return hvd.allgather(self.at_run_time(tensor), name=name, ignore_name_scope=True, process_set=self.process_set)
 
     def start(self, tensors, op):
+        tensors = [self.at_run_time(tensors[0]), *tensors[1:]]
         if self._compression is not None:
             return [self._compressed(x, op) for x in tensors]
         reduce = self._ops._allreduce if len(tensors) == 1 else self._ops._grouped_allreduce
