@@ -444,7 +444,9 @@ def test_auto_keeps_the_faster(local):
     assert choice(1.0, 0.5) == "xla"
     assert choice(0.5, 1.0) == "graph"
     assert choice(1.0, 0.99) == "graph"
-    slowest = jit_module.JitChoice("auto", True, lambda value: [value, [10.0, 10.0]])  # another worker is slow with both
+    slowest = jit_module.JitChoice(
+        "auto", True, lambda value: [value, [10.0, 10.0]]
+    )  # another worker is slow with both
     while not slowest.choice:
         plan = slowest.plan("shape")
         slowest.record(plan, "shape", 0.1 if plan.tape == "xla" else 1.0)

@@ -151,7 +151,9 @@ class MultiWorkerCommunicator(OneReplica):
                 return store.get_config_key_value(self._key(rank), _POLL_MS)
             except tf.errors.DeadlineExceededError:
                 if time.monotonic() > until:
-                    raise BackendError(f"rank {rank} has not answered for {self._timeout:g} s: is it running?") from None
+                    raise BackendError(
+                        f"rank {rank} has not answered for {self._timeout:g} s: is it running?"
+                    ) from None
 
 
 class _Cluster(NamedTuple):
