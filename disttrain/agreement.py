@@ -124,7 +124,8 @@ def _plain(value: Any, *, deep: bool = True) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(_plain(x, deep=deep) for x in value)}]"
     name = getattr(value, "__qualname__", type(value).__qualname__)
-    if not deep:
+    # What people write themselves may know its rank; only our own must have the same settings everywhere.
+    if not deep or not (getattr(value, "__module__", None) or "").startswith("disttrain."):
         return name
     # A function's settings are in its closure, an object's in its attributes.
     settings = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]

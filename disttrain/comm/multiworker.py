@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.distribute import mirrored_strategy
+from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver
 from tensorflow.python.eager import context
 
 from disttrain.comm import buckets, devices
@@ -29,6 +30,8 @@ from disttrain.types import tf_variable
 _OPS = ("sum", "mean", "min", "max")
 # Types that TensorFlow gathers; others travel as one of these.
 _GATHERED = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
+# Of the first task on each node; the others follow.
+_SLURM_PORT = 8888
 # One look at the store. Short, since Python stands still meanwhile, the watchdog's thread included.
 _POLL_MS = 500
 
@@ -190,14 +193,28 @@ def _strategy(cluster: _Cluster) -> tf.distribute.MultiWorkerMirroredStrategy:
 def _cluster() -> _Cluster:
     if os.environ.get("TF_CONFIG"):
         return _from_tf_config(os.environ["TF_CONFIG"])
-    if "SLURM_PROCID" in os.environ:
-        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(jobs={"worker": int(os.environ["SLURM_NTASKS"])})
-        workers = resolver.cluster_spec().as_dict()["worker"]
-        return _Cluster(workers, resolver.task_id, resolver)
+    if "SLURM_STEP_NODELIST" in os.environ:
+        return _from_slurm()
     raise BackendError(
         "backend 'multiworker': neither TF_CONFIG nor Slurm says who the workers are. Set in each process "
         """TF_CONFIG='{"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", "index": 0}}'"""
     )
+
+
+def _from_slurm() -> _Cluster:
+    # TensorFlow's own resolver wants a GPU for every task, and sorts hosts by the alphabet, which Slurm does not.
+    hosts = slurm_cluster_resolver.expand_hostlist(os.environ["SLURM_STEP_NODELIST"])
+    tasks = slurm_cluster_resolver.expand_tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+    workers = [f"{host}:{_SLURM_PORT + i}" for host, count in zip(hosts, tasks, strict=True) for i in range(count)]
+    rank = sum(tasks[: int(os.environ["SLURM_NODEID"])]) + int(os.environ["SLURM_LOCALID"])
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": workers}),
+        task_type="worker",
+        task_id=rank,
+        rpc_layer="grpc",
+        num_accelerators={"GPU": int(bool(tf.config.list_physical_devices("GPU")))},
+    )
+    return _Cluster(workers, rank, resolver)
 
 
 def _from_tf_config(text: str) -> _Cluster:
@@ -205,6 +222,8 @@ def _from_tf_config(text: str) -> _Cluster:
         config = json.loads(text)
         jobs, task = dict(config["cluster"]), config["task"]
         kind, index = task["type"], int(task["index"])
+        if not all(isinstance(addresses, list) for addresses in jobs.values()):
+            raise TypeError("the addresses of a job are a list")
     except (ValueError, LookupError, TypeError) as error:
         raise BackendError(
             f"TF_CONFIG is not what it should be ({type(error).__name__}: {error}): it wants JSON with "
