@@ -85,18 +85,12 @@ def check_op(op: str, comm: Communicator) -> None:
     """Raises `ConfigError` if `comm` cannot reduce gradients by `op`."""
     if op not in ("mean", "sum", "adasum"):
         raise ConfigError(f"op={op!r}: use 'mean', 'sum' or 'adasum'")
-    if op == "adasum":
-        _check_adasum(comm)
-
-
-def _check_adasum(comm: Communicator) -> None:
-    if comm.name != "horovod":
-        raise ConfigError(f"op='adasum': engine {comm.name!r} does not have it, use dt.init('horovod') or op='mean'")
-    import horovod.tensorflow as hvd
-
-    if not hvd.mpi_enabled():
-        raise ConfigError("op='adasum': Horovod has it on MPI, not on Gloo: start with mpirun, or use op='mean'")
-    if comm.size & (comm.size - 1):
+    if op not in comm.ops:
+        raise ConfigError(
+            f"op={op!r}: engine {comm.name!r}, as it was started, does not have it. Horovod has, started with mpirun; "
+            "or use op='mean'"
+        )
+    if op == "adasum" and comm.size & (comm.size - 1):
         raise ConfigError(f"op='adasum' needs 2, 4, 8, ... ranks, not {comm.size}: use op='mean'")
 
 

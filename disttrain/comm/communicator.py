@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import tensorflow as tf
 
 from disttrain.types import Variable
 
 Op = Literal["sum", "mean", "min", "max"]
+OPS: tuple[str, ...] = get_args(Op)
 
 
 class Communicator(Protocol):
@@ -26,6 +27,7 @@ class Communicator(Protocol):
       rank: of this worker's first replica, 0 to size - 1.
       size: number of replicas over all workers.
       local_rank: of this worker among the workers of its machine.
+      ops: reductions that `all_reduce` knows: those of `Op`, and what the engine has beyond them.
       is_chief: whether this worker speaks and saves for all (it holds rank 0).
     """
 
@@ -34,6 +36,7 @@ class Communicator(Protocol):
     size: int
     local_rank: int
     is_chief: bool
+    ops: tuple[str, ...]
 
     def scope(self) -> AbstractContextManager:
         """Variables, models and optimizers are made inside it, so that each replica has its copy."""

@@ -17,8 +17,9 @@ def claim(local_rank: int, local_size: int) -> None:
       BackendError: there are GPUs, but fewer than processes on this machine.
     """
     gpus = tf.config.list_physical_devices("GPU")
-    # A launcher may show each process its own GPU only.
-    if len(gpus) > 1 and local_rank >= len(gpus):
+    # A launcher may show each process its own GPU only. Where there are too few, all ranks here say so: one that ended
+    # alone would leave the others waiting.
+    if 1 < len(gpus) < local_size:
         raise BackendError(
             f"{local_size} ranks on this machine, but {len(gpus)} GPUs: start {len(gpus)} ranks here, "
             "or set CUDA_VISIBLE_DEVICES= (empty) to train on CPUs"

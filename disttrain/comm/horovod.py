@@ -22,7 +22,7 @@ _UNKNOWN = (tf.bfloat16, tf.uint32, tf.uint64)
 
 
 class HorovodCommunicator(OneReplica):
-    """A group of one replica a process. See `Communicator`; `all_reduce` knows the op "adasum" as well.
+    """A group of one replica a process. See `Communicator`; started by mpirun, `all_reduce` knows the op "adasum" as well.
 
     Args:
       wire: how tensors are packed.
@@ -45,6 +45,8 @@ class HorovodCommunicator(OneReplica):
         self._hvd.init()
         self.rank, self.size, self.local_rank = self._hvd.rank(), self._hvd.size(), self._hvd.local_rank()
         self.is_chief, self._wire = self.rank == 0, wire
+        if self._hvd.mpi_enabled():  # Horovod's Adasum needs MPI
+            self.ops = (*self.ops, "adasum")
         devices.claim(self.local_rank, self._hvd.local_size())
         with tf.device("CPU"):
             self._zero = tf.Variable(0, trainable=False)

@@ -7,6 +7,7 @@ import contextlib
 import tensorflow as tf
 
 from disttrain.comm import shares
+from disttrain.comm.communicator import OPS
 from disttrain.errors import BackendError
 from disttrain.types import tf_variable
 
@@ -26,6 +27,7 @@ class MirroredCommunicator:
     rank = 0
     local_rank = 0
     is_chief = True
+    ops = OPS
 
     def __init__(self, replicas: int | None = None):
         self._devices = _choose_devices(replicas)

@@ -27,7 +27,6 @@ from disttrain.comm.watchdog import Watchdog
 from disttrain.errors import BackendError, ConfigError
 from disttrain.types import tf_variable
 
-_OPS = ("sum", "mean", "min", "max")
 # Types that TensorFlow gathers; others travel as one of these.
 _GATHERED = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
 # Of the first task on each node; the others follow.
@@ -72,8 +71,8 @@ class MultiWorkerCommunicator(OneReplica):
         return self._strategy.run(fn, args)
 
     def all_reduce(self, tensors, op="sum"):
-        if op not in _OPS:
-            raise ConfigError(f"op={op!r}: use one of {', '.join(map(repr, _OPS))}")
+        if op not in self.ops:
+            raise ConfigError(f"op={op!r}: use one of {', '.join(map(repr, self.ops))}")
         return buckets.all_reduce(self, self._wire, list(tensors), op)
 
     def reduce_scatter(self, tensor, op="sum"):

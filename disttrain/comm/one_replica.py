@@ -7,6 +7,7 @@ import contextlib
 import tensorflow as tf
 
 from disttrain.comm import shares
+from disttrain.comm.communicator import OPS
 from disttrain.errors import BackendError
 from disttrain.types import tf_variable
 
@@ -16,6 +17,7 @@ class OneReplica:
 
     rank = 0
     size = 1
+    ops = OPS
 
     def scope(self):
         return contextlib.nullcontext()

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from disttrain.comm import buckets
+from disttrain.comm.communicator import OPS
 from disttrain.comm.horovod import HorovodCommunicator
 from disttrain.horovod import compression as compressions
 from disttrain.horovod.compression import Compression
@@ -36,6 +37,10 @@ class ProcessSetCommunicator(HorovodCommunicator):
         narrow = compressions.is_fp16(compression) and not elastic_job()
         self._wire = buckets.Wire(wire_dtype="float16" if narrow else None)
         self._compression = None if narrow or compressions.is_none(compression) else compression
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return (*OPS, "adasum") if hvd.is_initialized() and hvd.mpi_enabled() else OPS
 
     @property
     def rank(self) -> int:
