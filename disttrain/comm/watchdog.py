@@ -36,6 +36,7 @@ EXIT_CODE = 1
 _CONNECT_SECONDS = 20
 # A rank may leave while others are still on their way out of the last collective.
 _LEAVING_SECONDS = 3
+_READING_SECONDS = 0.3
 # What engines raise where another rank has gone in the middle of a collective. None of them says which.
 _ENGINE_ERRORS = (
     tf.errors.AbortedError,
@@ -166,6 +167,8 @@ class Watchdog:
             self._raising = True
             before(kind, value, traceback)
             _flush()
+            # A launcher reads the outputs of ranks in any order: the traceback is to come before what others say of it.
+            time.sleep(_READING_SECONDS)
             with contextlib.suppress(OSError):
                 self._send(kind="raised", text=f"{kind.__name__}: {value}".splitlines()[0].rstrip(": ")[:300])
                 self._told.wait(_LEAVING_SECONDS)
