@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from helpers import relative_error, share
 from once import once
-from problem import CLIPS, OPTIMIZERS, SPLITS, Training, batches, clipping, expected
+from problem import SPLITS, Training, batches, cases, clipping, expected
 
 from launch import BACKEND, launch
-
-CASES = list(itertools.product([1, 2, 5], CLIPS, OPTIMIZERS))
 
 
 def weights_of(arrays, case, split, moment):
@@ -24,7 +22,7 @@ def trained(tmp_path_factory):
 
     def run(engine, ranks):
         name = f"exactness-{engine}-{ranks}"
-        return once(tmp_path_factory, name, lambda: launch(engine, ranks, "exactness", timeout=1200).check())
+        return once(tmp_path_factory, name, lambda: launch(engine, ranks, "exactness", engine, timeout=1200).check())
 
     return run
 
@@ -37,7 +35,7 @@ def test_update_is_that_of_one_device(trained, engine, ranks):
         (rank, ranks, BACKEND[engine]) for rank in range(ranks)
     ]
     wrong = []
-    for case, split in itertools.product(CASES, SPLITS[ranks]):
+    for case, split in itertools.product(cases(engine, ranks), SPLITS[ranks]):
         _, clip, optimizer = case
         before_ref, first_ref, last_ref = expected(clip, optimizer, sum(SPLITS[ranks][split]))
         before, first, last = (weights_of(result.arrays[0], case, split, m) for m in ("before", "first", "last"))

@@ -258,10 +258,22 @@ def test_a_rank_that_raises_ends_all(engine, fault, victim, ranks, where):
     assert traceback < mistake < said.start()
 
 
-def test_an_interrupted_rank_ends_all():
-    result, seconds = strike("multiworker", "interrupt", 1)
-    assert seconds < SOON
+def test_a_job_may_stand_still_as_a_whole_and_an_interrupted_rank_ends_all():
+    """As with Ctrl-Z and fg, and then Ctrl-C: nobody takes the time in which all stood still for a fault."""
+    with start("horovod", 2, "fault_ending", "nothing", 0, STALL_TIMEOUT) as job:
+        for rank in (0, 1):
+            job.wait_for_mark(rank, "trained", timeout=200)
+        for sent in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in (0, 1):
+                os.kill(job.pid_of_rank(rank), sent)
+            time.sleep(STALL_TIMEOUT + 1)
+        os.kill(job.pid_of_rank(1), signal.SIGINT)
+        struck = time.monotonic()
+        result = job.wait(timeout=300)
+        assert time.monotonic() - struck < SOON
     assert re.search(rf"rank 0 ends: {named(1)} raised KeyboardInterrupt$", result.output, re.MULTILINE)
+    assert "has not" not in result.output
+    assert result.left_behind == []
 
 
 @pytest.mark.parametrize(("engine", "victim"), [("horovod", 1), ("mpi", 0)])

@@ -52,7 +52,7 @@ class HorovodCommunicator(OneReplica):
             self._zero = tf.Variable(0, trainable=False)
         self._watchdog = None
         if self.size > 1 and stall_timeout:
-            self._watchdog = Watchdog(self.rank, self.size, self.all_gather_object, stall_timeout)
+            self._watchdog = Watchdog(self.rank, self.all_gather_object, stall_timeout)
 
     def all_reduce(self, tensors, op="sum"):
         if self.size == 1:

@@ -52,7 +52,7 @@ class MpiCommunicator(OneReplica):
         self._half_sums = {dtype: _half_sum(self._MPI, dtype) for dtype in (np.float16, ml_dtypes.bfloat16)}
         self._watchdog = None
         if self.size > 1 and stall_timeout:
-            self._watchdog = Watchdog(self.rank, self.size, self.all_gather_object, stall_timeout)
+            self._watchdog = Watchdog(self.rank, self.all_gather_object, stall_timeout)
 
     def all_reduce(self, tensors, op="sum"):
         if self.size == 1:

@@ -58,7 +58,7 @@ class MultiWorkerCommunicator(OneReplica):
         self.rank, self.size, self.is_chief = cluster.rank, len(cluster.workers), cluster.rank == 0
         self._exchanges, self._timeout, self._watchdog = 0, stall_timeout, None
         if self.size > 1 and stall_timeout:
-            self._watchdog = Watchdog(self.rank, self.size, self.all_gather_object, stall_timeout)
+            self._watchdog = Watchdog(self.rank, self.all_gather_object, stall_timeout)
 
     def scope(self):
         return self._strategy.scope()

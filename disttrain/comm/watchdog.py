@@ -51,12 +51,12 @@ class Watchdog:
     """The line of one rank, and on rank 0 the place where all lines end.
 
     Args:
-      rank, size: of this process in the group; one line for each process.
+      rank: of this process in the group; one line for each process.
       exchange: gathers one object from every rank, in the order of ranks.
       stall_timeout: seconds after which a rank that does not answer, or that others wait for, ends the job.
     """
 
-    def __init__(self, rank: int, size: int, exchange: Callable[[Any], list], stall_timeout: float):
+    def __init__(self, rank: int, exchange: Callable[[Any], list], stall_timeout: float):
         self.rank, self.stall_timeout = rank, stall_timeout
         self._count, self._depth, self._what, self._since = 0, 0, "the start", time.monotonic()
         self._lock, self._told = threading.Lock(), threading.Event()

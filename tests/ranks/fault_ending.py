@@ -20,19 +20,15 @@ def fault():
         raise ValueError("a mistake in the loop")
     if FAULT == "exit":
         sys.exit(3)
-    if FAULT == "interrupt":
-        raise KeyboardInterrupt
     if FAULT == "sleep":
         time.sleep(1000)
 
 
 def batches():
     for index in range(1_000_000):
-        if index == STEPS_BEFORE:
-            mark("trained")
-            if RANK == VICTIM and FAULT == "generator":
-                mark("fault")
-                raise ValueError("a mistake in the generator")
+        if RANK == VICTIM and index == STEPS_BEFORE and FAULT == "generator":
+            mark("fault")
+            raise ValueError("a mistake in the generator")
         yield batch(RANK, index)
 
 
@@ -48,6 +44,8 @@ with comm.scope():
 step = dt.TrainStep(model, optimizer, loss_fn=loss_fn, comm=comm, jit=False)
 spec = {"x": tf.TensorSpec([None, 4]), "main": tf.TensorSpec([None]), "side": tf.TensorSpec([None])}
 for index, examples in enumerate(tf.data.Dataset.from_generator(batches, output_signature=spec)):
+    if index == STEPS_BEFORE:
+        mark("trained")
     if RANK == VICTIM and index == STEPS_BEFORE:
         if FAULT == "loss_fn":
             del examples["side"]
