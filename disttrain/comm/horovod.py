@@ -48,8 +48,6 @@ class HorovodCommunicator(OneReplica):
         if self._hvd.mpi_enabled():  # Horovod's Adasum needs MPI
             self.ops = (*self.ops, "adasum")
         devices.claim(self.local_rank, self._hvd.local_size())
-        with tf.device("CPU"):
-            self._zero = tf.Variable(0, trainable=False)
         self._watchdog = None
         if self.size > 1 and stall_timeout:
             self._watchdog = Watchdog(self.rank, self.all_gather_object, stall_timeout)
@@ -135,8 +133,8 @@ class HorovodCommunicator(OneReplica):
         if tensor.shape.rank == 0:
             return tf.reshape(self.at_run_time(tf.reshape(tensor, [1])), [])
         # The whole, from a place that is known when the program runs: not copied, and not optimized away.
-        rank = tf.rank(tensor)
-        whole = tf.slice(tensor, tf.fill([rank], self._zero), tf.fill([rank], -1))
+        rank, start = tf.rank(tensor), tf.compat.v1.placeholder_with_default(0, [])
+        whole = tf.slice(tensor, tf.fill([rank], start), tf.fill([rank], -1))
         whole.set_shape(tensor.shape)
         return whole
 

@@ -30,8 +30,6 @@ class ProcessSetCommunicator(HorovodCommunicator):
         self, process_set: Any = hvd.global_process_set, compression: Any = Compression.none, predivide: float = 1.0
     ):
         self._hvd, self._ops, self._watchdog = hvd, hvd.mpi_ops, None
-        with tf.init_scope():
-            self._zero = tf.Variable(0, trainable=False)
         self.process_set, self._predivide = process_set, predivide
         # Its scales are for the number of ranks that there are; an elastic job may change it.
         narrow = compressions.is_fp16(compression) and not elastic_job()
