@@ -11,6 +11,7 @@ from rich.console import Console
 import disttrain
 from disttrain.cli.bench import bench
 from disttrain.cli.build_horovod import build_horovod
+from disttrain.cli.run import run
 from disttrain.cli.train import train
 from disttrain.cli.why import why
 from disttrain.errors import DisttrainError
@@ -24,6 +25,7 @@ def cli(debug: bool) -> None:
 
 
 cli.add_command(train)
+cli.add_command(run)
 cli.add_command(why)
 cli.add_command(bench)
 cli.add_command(build_horovod)

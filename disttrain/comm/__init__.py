@@ -16,13 +16,11 @@ from disttrain.comm.communicator import Communicator
 from disttrain.comm.local import LocalCommunicator
 from disttrain.comm.mirrored import MirroredCommunicator
 from disttrain.errors import BackendError, ConfigError
+from disttrain.world import WORLD_SIZE, world
 
 __all__ = ["Communicator", "init"]
 
 BACKENDS = ("auto", "local", "mirrored", "multiworker", "horovod", "mpi")
-
-# Set by launchers that start one process for each rank; the value is the number of ranks.
-_WORLD_SIZE_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def init(
@@ -37,9 +35,10 @@ def init(
 
     Args:
       backend: "local" (one device), "mirrored" (the devices of this machine), "horovod" or "mpi" (processes started by
-        horovodrun or mpirun), "multiworker" (processes that `TF_CONFIG` or Slurm describes), or "auto": where a launcher
-        started several processes, horovod if it is built, else mpi; where TF_CONFIG is set, multiworker; where there are
-        several GPUs or `replicas` asks for several, mirrored; else local.
+        horovodrun, mpirun or srun), "multiworker" (processes that `TF_CONFIG`, Slurm, torchrun's variables or DISTTRAIN_HOSTS
+        describe), or "auto": where a launcher started several processes and connects them, horovod if it is built, else mpi;
+        where several were started otherwise, multiworker; where there are several GPUs or `replicas` asks for several,
+        mirrored; else local.
       replicas: number of replicas, for "mirrored" and "auto". GPUs where there are any, else logical CPU devices.
       bucket_mib: MiB of gradients that travel together between processes.
       wire_dtype: "float16" or "bfloat16" halves the traffic of large float32 tensors between processes; they are scaled
@@ -82,9 +81,10 @@ def init(
 
 
 def _choose(replicas: int | None) -> str:
-    if any(int(os.environ.get(name) or 1) > 1 for name in _WORLD_SIZE_VARIABLES):
+    started = world()
+    if started and started.size > 1 and started.collectives:
         return "horovod" if importlib.util.find_spec("horovod") else "mpi"
-    if os.environ.get("TF_CONFIG"):
+    if os.environ.get("TF_CONFIG") or (started and started.size > 1):
         return "multiworker"
     several = replicas > 1 if replicas else len(tf.config.list_physical_devices("GPU")) > 1
     return "mirrored" if several else "local"
@@ -107,13 +107,15 @@ def _processes(backend: str, wire: Wire, stall_timeout: float) -> Communicator:
 
 def _check_world(comm: Communicator) -> None:
     """A launcher of one MPI and a library of another leave each process alone in a world of its own."""
-    for name in _WORLD_SIZE_VARIABLES:
-        started = int(os.environ.get(name) or 1)
-        if comm.size == 1 < started and not os.environ.get("TF_CONFIG"):
-            raise BackendError(
-                f"{name}={started}: a launcher started {started} processes, but backend {comm.name!r} sees one. The launcher "
-                "must be that of the same MPI library (for Open MPI from PyPI, the mpirun beside this Python)"
-            )
+    started = world()
+    if started and comm.size == 1 < started.size and not os.environ.get("TF_CONFIG"):
+        raise BackendError(
+            f"{started.launcher} started {started.size} processes, but backend {comm.name!r} sees one. The launcher must be that "
+            "of the same MPI library (for Open MPI from PyPI, the mpirun beside this Python)"
+        )
+    asked = os.environ.get(WORLD_SIZE)
+    if asked and comm.size != int(asked):
+        raise BackendError(f"`disttrain run` started {asked} ranks, but backend {comm.name!r} sees {comm.size}")
 
 
 def _refuse_replicas(backend: str, replicas: int | None, mend: str) -> None:

@@ -1,7 +1,8 @@
 """Many processes, one replica each, over `tf.distribute.MultiWorkerMirroredStrategy`: gRPC, or NCCL between GPUs.
 
-The cluster is what `TF_CONFIG` or Slurm says. Tensors travel by TensorFlow's collectives; objects by the key-value store of
-its coordination service, so that ranks can talk while a function is being traced.
+The cluster is what `TF_CONFIG`, DISTTRAIN_HOSTS, Slurm or torchrun's variables say. Tensors travel by TensorFlow's
+collectives; objects by the key-value store of its coordination service, so that ranks can talk while a function is being
+traced.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from tensorflow.python.distribute import mirrored_strategy
 from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver
 from tensorflow.python.eager import context
 
-from disttrain.comm import buckets, devices
+from disttrain.comm import buckets, devices, rendezvous
 from disttrain.comm.one_replica import OneReplica
 from disttrain.comm.watchdog import Watchdog
 from disttrain.errors import BackendError, ConfigError
 from disttrain.types import tf_variable
+from disttrain.world import World, world
 
 # Types that TensorFlow gathers; others travel as one of these.
 _GATHERED = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
@@ -43,8 +45,8 @@ class MultiWorkerCommunicator(OneReplica):
       stall_timeout: seconds; see `Watchdog`. None: no watchdog.
 
     Raises:
-      BackendError: neither TF_CONFIG nor Slurm describes a cluster, the description is not right, TensorFlow has already
-        started, or there are fewer GPUs than workers on this machine.
+      BackendError: nothing describes a cluster, the description is not right, TensorFlow has already started, or there are
+        fewer GPUs than workers on this machine.
     """
 
     name = "multiworker"
@@ -192,10 +194,15 @@ def _strategy(cluster: _Cluster) -> tf.distribute.MultiWorkerMirroredStrategy:
 def _cluster() -> _Cluster:
     if os.environ.get("TF_CONFIG"):
         return _from_tf_config(os.environ["TF_CONFIG"])
+    started = world()
+    if started and os.environ.get("DISTTRAIN_HOSTS"):
+        return _resolved(_listed_workers(started), started.rank)
     if "SLURM_STEP_NODELIST" in os.environ:
         return _from_slurm()
+    if started and "MASTER_ADDR" in os.environ:
+        return _resolved(rendezvous.meet(started.rank, started.size), started.rank)
     raise BackendError(
-        "backend 'multiworker': neither TF_CONFIG nor Slurm says who the workers are. Set in each process "
+        "backend 'multiworker': neither TF_CONFIG nor a launcher says who the workers are. Set in each process "
         """TF_CONFIG='{"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", "index": 0}}'"""
     )
 
@@ -206,6 +213,23 @@ def _from_slurm() -> _Cluster:
     tasks = slurm_cluster_resolver.expand_tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
     workers = [f"{host}:{_SLURM_PORT + i}" for host, count in zip(hosts, tasks, strict=True) for i in range(count)]
     rank = sum(tasks[: int(os.environ["SLURM_NODEID"])]) + int(os.environ["SLURM_LOCALID"])
+    return _resolved(workers, rank)
+
+
+def _listed_workers(started: World) -> list[str]:
+    """DISTTRAIN_HOSTS: host:port of every worker, in the order of ranks, the same text for all."""
+    workers = [address.strip() for address in os.environ["DISTTRAIN_HOSTS"].split(",")]
+    if len(workers) != started.size:
+        raise BackendError(
+            f"DISTTRAIN_HOSTS names {len(workers)} workers, but {started.launcher} started {started.size}"
+        )
+    odd = [address for address in workers if not address.rpartition(":")[2].isdigit()]
+    if odd:
+        raise BackendError(f"DISTTRAIN_HOSTS: {odd[0]!r} is not host:port")
+    return workers
+
+
+def _resolved(workers: list[str], rank: int) -> _Cluster:
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": workers}),
         task_type="worker",

@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from disttrain.errors import BackendError
+from disttrain.world import EXIT_FOLLOWED
 
 log = logging.getLogger("disttrain")
 
-# Exit code of a rank that ends because of another one.
-EXIT_CODE = 1
 _CONNECT_SECONDS = 20
 # A rank may leave while others are still on their way out of the last collective.
 _LEAVING_SECONDS = 3
@@ -150,7 +149,7 @@ class Watchdog:
             _flush()
             if stopped is not None:
                 self._processes[stopped].kill_from(self._me)
-            os._exit(EXIT_CODE)
+            os._exit(EXIT_FOLLOWED)
 
     def _hook(self) -> None:
         """An exception that nobody catches ends all ranks, after its traceback was printed."""
@@ -173,7 +172,7 @@ class Watchdog:
                 self._send(kind="raised", text=f"{kind.__name__}: {value}".splitlines()[0].rstrip(": ")[:300])
                 self._told.wait(_LEAVING_SECONDS)
             # Not by way of MPI_Finalize and the like, which would wait for the others.
-            os._exit(EXIT_CODE)
+            os._exit(1)
 
         sys.excepthook = hook
         atexit.register(self.close)

@@ -1,7 +1,10 @@
-"""A progress bar with loss, gradient norm and speed."""
+"""A progress bar with loss, gradient norm and speed; under `disttrain run` it is drawn there, one for all ranks."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import time
 from types import TracebackType
 
@@ -10,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from disttrain.types import StepOutput
+from disttrain.world import PROGRESS_FD
 
 # Numbers are fetched from the device only so often: a person cannot read faster.
 _SECONDS_BETWEEN_UPDATES = 0.2
@@ -33,8 +37,9 @@ class Progress:
             TimeElapsedColumn(),
             # All of it fits into 80 columns.
             console=Console(stderr=True),
-            disable=not enabled,
+            disable=not enabled or PROGRESS_FD in os.environ,
         )
+        self._title, self._total, self._enabled = title, total, enabled
         self._task = self._bar.add_task(title, total=total, numbers="tracing")
         self._shown, self._done = 0.0, 0
 
@@ -59,3 +64,7 @@ class Progress:
     def _show(self, out: StepOutput, speed: float) -> None:
         numbers = f"loss {float(out.loss):.4f}, grad norm {float(out.grad_norm):.3f}, {speed:,.0f} ex/s"
         self._bar.update(self._task, completed=self._done, numbers=numbers)
+        if self._enabled and PROGRESS_FD in os.environ:
+            said = {"title": self._title, "total": self._total, "done": self._done, "numbers": numbers}
+            with contextlib.suppress(OSError):
+                os.write(int(os.environ[PROGRESS_FD]), json.dumps(said).encode() + b"\n")

@@ -1,0 +1,376 @@
+"""One attempt at a job: starts it, watches every rank, and says how it has ended and whose fault that was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from disttrain.launcher.agent import ADDRESS, TOKEN
+from disttrain.launcher.command import Job, commands
+from disttrain.launcher.facts import differences, facts
+from disttrain.launcher.interfaces import interfaces
+from disttrain.launcher.line import BEAT_SECONDS, LOST_SECONDS, Line
+from disttrain.world import EXIT_FOLLOWED, EXIT_RESUME, WORLD_SIZE
+
+# How many of a rank's last lines are kept, to be shown if it fails.
+_KEPT = 20
+# After a rank has failed, the others may take so long to say what they know of it.
+_AFTERTHOUGHT_SECONDS = 6.0
+# After that, or after a signal, ranks are asked to end, and are killed so much later.
+_KILL_SECONDS = 5.0
+_LEAVING_SECONDS = 5.0
+_INTERRUPTED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Outcome(NamedTuple):
+    """How an attempt has ended.
+
+    Attributes:
+      code: 0 if every rank came to its end and rank 0 said so in this attempt; else what to exit with.
+      reason: a sentence that names rank and host; empty if all went well.
+      lines: the last lines of the rank that the reason names.
+      interrupted: a signal to the launcher was the reason: not to be started again.
+      hosts: names of the hosts on which ranks ran.
+    """
+
+    code: int
+    reason: str
+    lines: list[str]
+    interrupted: bool
+    hosts: list[str]
+
+
+class Show(NamedTuple):
+    """What is told while the job runs: a line of a rank (rank, stream, text), its progress (rank, message)."""
+
+    output: Callable[[int, str, str], None]
+    progress: Callable[[int, str], None]
+
+
+def attempt(job: Job, number: int, show: Show, *, start_seconds: float, grace_seconds: float) -> Outcome:
+    """Starts the job once and returns when nothing of it is left.
+
+    Args:
+      number: of the attempt, from 0; ranks find it as DISTTRAIN_ATTEMPT.
+      start_seconds: within which all ranks must be there.
+      grace_seconds: that ranks have to save and end after a signal to the launcher.
+    """
+    return _Supervisor(job, number, show, start_seconds, grace_seconds).run()
+
+
+class _Rank:
+    """What is known of one rank."""
+
+    def __init__(self, line: Line, hello: dict[str, Any]):
+        self.line, self.hello = line, hello
+        self.rank, self.host = hello["rank"], hello["host"]
+        self.code: int | None = None
+        self.lost = False
+        self.lines: deque[str] = deque(maxlen=_KEPT)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+    @property
+    def over(self) -> bool:
+        return self.lost or self.code is not None
+
+    def send(self, kind: str, **message: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.line.send(kind, **message)
+
+
+class _Supervisor:
+    def __init__(self, job: Job, number: int, show: Show, start_seconds: float, grace_seconds: float):
+        self._job, self._number, self._show, self._grace = job, number, show, grace_seconds
+        self._ranks: dict[int, _Rank] = {}
+        self._failure: tuple[int, str, _Rank | None] | None = None
+        self._interrupted = 0
+        self._start_until = time.monotonic() + start_seconds
+        self._stop_at = self._over_at = float("inf")
+        self._went = False
+        self._said_by_launcher: deque[str] = deque(maxlen=_KEPT)
+        self._token = secrets.token_hex(16)
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> Outcome:
+        with self._selector, self._listening() as address, self._signals():
+            processes = self._start(address)
+            try:
+                while not self._is_over(processes):
+                    for key, _ in self._selector.select(BEAT_SECONDS / 2):
+                        key.data()
+                    self._look(processes)
+            finally:
+                self._clean_up(processes)
+        return self._outcome()
+
+    # Starting ----------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _listening(self):
+        addresses = ["127.0.0.1"]
+        if self._job.others or self._job.launcher == "srun":
+            addresses = [x.address for x in interfaces() if not x.address.startswith("127.")] + addresses
+        with socket.create_server(("" if len(addresses) > 1 else addresses[0], 0), backlog=1024) as server:
+            self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
+            yield f"{','.join(addresses)}:{server.getsockname()[1]}"
+
+    def _start(self, address: str) -> list[subprocess.Popen]:
+        environment = {ADDRESS: address, TOKEN: self._token, WORLD_SIZE: str(self._job.ranks)}
+        processes = []
+        for words, more in commands(self._job, environment):
+            process = subprocess.Popen(
+                words,
+                env=os.environ | more,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._selector.register(process.stdout, selectors.EVENT_READ, self._launcher_reader(process))
+            processes.append(process)
+        return processes
+
+    def _launcher_reader(self, process: subprocess.Popen) -> Callable[[], None]:
+        def read() -> None:
+            data = os.read(process.stdout.fileno(), 1 << 16)
+            if not data:
+                self._selector.unregister(process.stdout)
+            self._said_by_launcher.extend(filter(None, data.decode(errors="replace").splitlines()))
+
+        return read
+
+    def _accept(self, server: socket.socket) -> None:
+        connection, _ = server.accept()
+        line = Line(connection)
+        self._selector.register(line, selectors.EVENT_READ, lambda: self._hear_stranger(line))
+
+    def _hear_stranger(self, line: Line) -> None:
+        """The first message must be a rank's hello, with the secret of this attempt."""
+        try:
+            messages = line.read() or [{}]
+            hello = messages[0] if secrets.compare_digest(messages[0].get("token", ""), self._token) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            hello = None
+        self._selector.unregister(line)
+        if hello is None:
+            line.close()
+            return
+        rank = _Rank(line, hello)
+        self._selector.register(line, selectors.EVENT_READ, lambda: self._hear(rank))
+        self._welcome(rank)
+
+    def _welcome(self, rank: _Rank) -> None:
+        size, other = rank.hello["size"], self._ranks.get(rank.rank)
+        if size != self._job.ranks:
+            self._fail(
+                EXIT_FOLLOWED,
+                f"{rank} was started as one of {size}, not of {self._job.ranks}: {self._job.launcher} does not see the hosts or "
+                "slots that were asked for",
+            )
+        elif other:
+            self._fail(EXIT_FOLLOWED, f"there are two of rank {rank.rank}, on {other.host} and on {rank.host}")
+        different = differences(facts(), rank.hello["facts"], rank.host)
+        if different:
+            self._fail(EXIT_FOLLOWED, f"{'; '.join(different)}: install the same versions on all hosts")
+        self._ranks[rank.rank] = rank
+        if len(self._ranks) == self._job.ranks and not self._failure:
+            self._check_hosts()
+        if len(self._ranks) == self._job.ranks and not self._failure:
+            self._went = True
+            for each in self._ranks.values():
+                each.send("go", environment={"DISTTRAIN_ATTEMPT": str(self._number)})
+
+    def _check_hosts(self) -> None:
+        """mpirun that cannot read its list of hosts starts everything here, and calls that a success."""
+        wanted, slots = 0, 0
+        for host in self._job.hosts:
+            wanted += slots < self._job.ranks
+            slots += host.slots
+        found = sorted({rank.host for rank in self._ranks.values()})
+        if self._job.hosts and len(found) != wanted:
+            self._fail(
+                EXIT_FOLLOWED,
+                f"ranks run on {len(found)} hosts ({', '.join(found)}), and {wanted} were asked for "
+                f"({', '.join(host.name for host in self._job.hosts)})",
+            )
+
+    # Watching ----------------------------------------------------------------------------------------------------------
+
+    def _hear(self, rank: _Rank) -> None:
+        try:
+            messages = rank.line.read()
+        except (OSError, ValueError):
+            messages = None
+        for message in messages or ():
+            if message["kind"] == "output":
+                self._take_output(rank, message["stream"], message["text"])
+            elif message["kind"] == "exit":
+                self._take_exit(rank, message["code"])
+        if messages is None:
+            self._selector.unregister(rank.line)
+            if not rank.over:
+                self._lose(rank, "is gone: its host or what started it there was lost")
+
+    def _take_output(self, rank: _Rank, stream: str, text: str) -> None:
+        if stream == "progress":
+            self._show.progress(rank.rank, text)
+            return
+        rank.lines.append(text)
+        self._show.output(rank.rank, stream, text)
+
+    def _take_exit(self, rank: _Rank, code: int) -> None:
+        rank.code = code
+        if code != 0:
+            exit_code = code if code > 0 else 128 - code
+            how = f"ended with exit code {code}" if code > 0 else f"was killed by {_name_of(-code)}"
+            if self._failure and self._failure[0] == EXIT_FOLLOWED and self._failure[2] and code != EXIT_FOLLOWED:
+                self._failure = None  # that one only followed this one
+            self._fail(exit_code, f"{rank} {how}", rank)
+
+    def _lose(self, rank: _Rank, how: str) -> None:
+        rank.lost = True
+        self._fail(EXIT_RESUME, f"{rank} {how}", rank)
+
+    def _look(self, processes: list[subprocess.Popen]) -> None:
+        """What no message tells: silence, and time that has passed."""
+        now = time.monotonic()
+        for rank in self._ranks.values():
+            if rank.over:
+                continue
+            if rank.line.silent():
+                self._lose(rank, f"has not answered for {LOST_SECONDS:g} s: its host is down, or the network is cut")
+            else:
+                with contextlib.suppress(OSError):
+                    rank.line.beat()
+        if not self._went and not self._failure:
+            self._look_at_start(processes, now)
+        elif all(process.poll() is not None for process in processes) and any(not r.over for r in self._ranks.values()):
+            missing = [str(rank) for rank in self._ranks.values() if not rank.over]
+            self._fail(
+                EXIT_RESUME, f"{self._job.launcher} has ended before {', '.join(missing)}: {self._launchers_words()}"
+            )
+        if self._failure and now > self._stop_at:
+            self._stop_at = float("inf")
+            self._stop(_KILL_SECONDS)
+
+    def _look_at_start(self, processes: list[subprocess.Popen], now: float) -> None:
+        missing = sorted(set(range(self._job.ranks)) - set(self._ranks))
+        ended = [process.returncode for process in processes if process.poll() is not None]
+        if ended and not self._interrupted:
+            self._fail(
+                next(filter(None, map(abs, ended)), EXIT_RESUME),
+                f"{self._job.launcher} ended with {ended[0]} before all ranks were there: {self._launchers_words()}",
+            )
+        elif now > self._start_until:
+            self._fail(
+                EXIT_RESUME,
+                f"rank {', '.join(map(str, missing))} of {self._job.ranks} did not come up in time; "
+                f"{self._job.launcher} says: {self._launchers_words()}",
+            )
+
+    def _launchers_words(self) -> str:
+        return " | ".join(line.strip() for line in self._said_by_launcher if set(line.strip()) - set("-=")) or "nothing"
+
+    # Ending ------------------------------------------------------------------------------------------------------------
+
+    def _fail(self, code: int, reason: str, rank: _Rank | None = None) -> None:
+        """The first failure counts; the others are given time to say what they know, and are then stopped."""
+        if self._failure is None:
+            self._failure = (code, reason, rank)
+        if self._stop_at == self._over_at == float("inf"):
+            wait = _AFTERTHOUGHT_SECONDS if self._went and not self._interrupted else 0.0
+            self._stop_at = time.monotonic() + wait
+            self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
+
+    def _stop(self, grace: float) -> None:
+        for rank in self._ranks.values():
+            rank.send("stop", grace=grace)
+
+    @contextlib.contextmanager
+    def _signals(self):
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        before = {number: signal.signal(number, lambda *_: None) for number in _INTERRUPTED}
+        old = signal.set_wakeup_fd(write)
+        self._selector.register(read, selectors.EVENT_READ, lambda: self._interrupt(os.read(read, 64)))
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(old)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(read)
+            os.close(write)
+
+    def _interrupt(self, numbers: bytes) -> None:
+        """The first signal goes to every rank, which may save and end; the second ends all at once."""
+        for number in numbers:
+            if number not in _INTERRUPTED:
+                continue
+            self._interrupted += 1
+            grace = self._grace if self._interrupted == 1 and self._went else 0.0
+            if self._interrupted == 1:
+                self._failure = self._failure or (128 + number, f"interrupted by {_name_of(number)}", None)
+                for rank in self._ranks.values():
+                    rank.send("signal", number=number)
+            self._stop_at = time.monotonic() + grace
+            self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
+
+    def _is_over(self, processes: list[subprocess.Popen]) -> bool:
+        if time.monotonic() > self._over_at:
+            return True
+        if self._failure and not self._went and time.monotonic() > self._stop_at:
+            return True
+        if len(self._ranks) == self._job.ranks:
+            return all(rank.over for rank in self._ranks.values())
+        return bool(self._failure) and all(process.poll() is not None for process in processes)
+
+    def _clean_up(self, processes: list[subprocess.Popen]) -> None:
+        for rank in self._ranks.values():
+            rank.send("bye" if rank.over else "stop", **({} if rank.over else {"grace": 0.0}))
+        self._wait(processes, _LEAVING_SECONDS)
+        for rank in self._ranks.values():
+            rank.line.close()
+        for number, seconds in ((signal.SIGTERM, _LEAVING_SECONDS), (signal.SIGKILL, _LEAVING_SECONDS)):
+            for process in processes:
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, number)
+            self._wait(processes, seconds)
+        for process in processes:
+            process.stdout.close()
+
+    def _wait(self, processes: list[subprocess.Popen], seconds: float) -> None:
+        """Goes on reading meanwhile, or one that has much to say would never end."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and any(process.poll() is None for process in processes):
+            for key, _ in self._selector.select(0.05):
+                key.data()
+
+    def _outcome(self) -> Outcome:
+        hosts = sorted({rank.host for rank in self._ranks.values()})
+        code, reason, rank = self._failure or (0, "", None)
+        codes = [each.code for each in self._ranks.values()]
+        if self._interrupted and codes and set(codes) <= {0, EXIT_RESUME}:
+            # All have saved, or were done anyway.
+            code = max(codes)
+            reason = f"{reason}; all ranks have saved and can go on from there" if code else ""
+        return Outcome(code, reason, list(rank.lines) if rank else [], self._interrupted > 0, hosts)
+
+
+def _name_of(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,75 @@
+"""Which of how many ranks this process is, as whatever started it says in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from disttrain.errors import BackendError
+
+# Exit codes of a rank. A launcher starts a job that ended with the first again, and blames another rank for the second.
+EXIT_RESUME = 75
+EXIT_FOLLOWED = 76
+
+# What `disttrain run` sets for ranks: how many there are, and a file descriptor that takes JSON lines about progress.
+WORLD_SIZE = "DISTTRAIN_WORLD_SIZE"
+PROGRESS_FD = "DISTTRAIN_PROGRESS_FD"
+
+
+class World(NamedTuple):
+    """A process among those that were started together.
+
+    Attributes:
+      launcher: what has started it, for a person.
+      rank: 0 to size - 1.
+      size: number of processes.
+      local_rank: of this process among those of its machine.
+      collectives: whether it can talk to the others by Horovod or MPI.
+    """
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    collectives: bool
+
+
+# In this order: what is started by mpirun inside a Slurm step finds the variables of both.
+# Name, then the variables of rank, size and local rank, and whether the launcher connects Horovod or MPI.
+_LAUNCHERS = (
+    ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", True),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", True),
+    ("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", True),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", False),
+    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", False),
+)
+
+
+def world(environment: Mapping[str, str] = os.environ) -> World | None:
+    """What the environment says; None where no launcher has started this process.
+
+    Known are horovodrun, mpirun, other launchers with PMI, srun (with and without PMIx), torchrun and what sets the same
+    variables, and the Indexed Job of Kubernetes (JOB_COMPLETION_INDEX with DISTTRAIN_HOSTS).
+
+    Raises:
+      BackendError: a variable of theirs is not a number.
+    """
+    for name, rank, size, local_rank, collectives in _LAUNCHERS:
+        if rank in environment and size in environment:
+            # Open MPI under srun gives a rank, but not always one on its machine; Slurm then has it.
+            local = local_rank if local_rank in environment else "SLURM_LOCALID"
+            by_pmix = name == "srun" and "PMIX_RANK" in environment
+            numbers = (_number(environment, key) for key in (rank, size, local))
+            return World("srun --mpi=pmix" if by_pmix else name, *numbers, collectives or by_pmix)
+    if "JOB_COMPLETION_INDEX" in environment and environment.get("DISTTRAIN_HOSTS"):
+        hosts = environment["DISTTRAIN_HOSTS"].split(",")
+        return World("an Indexed Job", _number(environment, "JOB_COMPLETION_INDEX"), len(hosts), 0, False)
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "0")
+    if not text.isdigit():
+        raise BackendError(f"{name}={text!r}: the launcher's variable should be a whole number")
+    return int(text)
