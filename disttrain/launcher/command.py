@@ -216,6 +216,7 @@ def _horovodrun(job: Job, agent: list[str], environment: dict[str, str]) -> list
         interface = towards(job.others[0].name, job.interface)
         if interface:
             words += ["--network-interface", interface.name]
+        settings["PATH"] = f"{Path(__file__).with_name('bin')}{os.pathsep}{os.environ['PATH']}"
     return [Command([*words, *agent], environment | settings)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,8 @@ def check(job: Job) -> None:
 
 
 def _fault_of(host: Host) -> str | None:
-    command = ssh_command(host.name, sys.executable, "-m", "disttrain.launcher.facts")
+    search = [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
+    command = ssh_command(host.name, "env", *search, sys.executable, "-m", "disttrain.launcher.facts")
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS, check=False

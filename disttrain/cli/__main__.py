@@ -1,0 +1,3 @@
+from disttrain.cli.main import main
+
+main()
