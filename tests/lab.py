@@ -110,7 +110,9 @@ class Lab:
         inode, found = space.stat().st_ino, {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if (folder / "ns/net").stat().st_ino == inode and (folder / "stat").read_text().split(") ")[1][0] != "Z":
+                if (folder / "ns/net").stat().st_ino == inode and (folder / "stat").read_text().split(") ")[1][
+                    0
+                ] != "Z":
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return {pid: line for pid, line in found.items() if "sshd" not in line and word in line}
 

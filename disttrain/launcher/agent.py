@@ -36,6 +36,8 @@ _PR_SET_PDEATHSIG = 1
 
 def main(program: list[str]) -> int:
     """Runs the program as this rank; returns its exit code, 128 + n where signal n ended it."""
+    if ADDRESS not in os.environ:  # a command line that `disttrain run --dry-run` has printed, run by hand
+        os.execvp(program[0], program)
     found = world() or World("nobody", 0, 1, 0, False)
     addresses, _, port = os.environ.pop(ADDRESS).rpartition(":")
     line = connect(addresses.split(","), int(port))

@@ -1,0 +1,96 @@
+"""Small programs for ranks that `disttrain run` starts: python programs.py NAME [ARGUMENTS]. No TensorFlow in most of them."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from disttrain.world import world
+
+me = world()
+
+
+def hello():
+    print(f"rank {me.rank} of {me.size} by {me.launcher}, attempt {os.environ['DISTTRAIN_ATTEMPT']}")
+    print("a word on stderr", file=sys.stderr)
+
+
+def fail():
+    """Rank 1 raises after a word; the others would go on for long."""
+    print(f"here is rank {me.rank}")
+    if me.rank == 1:
+        time.sleep(0.5)
+        raise ValueError("a mistake in the program")
+    time.sleep(300)
+
+
+def wait():
+    """For whatever the test has in mind. A child of its own must not outlive it."""
+    if os.fork() == 0:
+        time.sleep(300)
+        os._exit(0)
+    print("waiting", flush=True)
+    time.sleep(300)
+
+
+def save_on_term():
+    """As a training that saves, and can go on from there."""
+
+    def save(*_):
+        print(f"rank {me.rank} saves")
+        sys.exit(75)
+
+    signal.signal(signal.SIGTERM, save)
+    print("waiting", flush=True)
+    time.sleep(300)
+
+
+def deaf():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("waiting", flush=True)
+    time.sleep(300)
+
+
+def fail_once(folder):
+    """Rank 0 fails in its first attempt, and is told which one this is."""
+    attempts = Path(folder) / f"attempts-{me.rank}"
+    with attempts.open("a") as file:
+        file.write(os.environ["DISTTRAIN_ATTEMPT"])
+    if me.rank == 0 and attempts.read_text() == "0":
+        sys.exit(7)
+
+
+def other_version():
+    """Never comes to run: the hosts differ."""
+    sys.exit("should not have been started")
+
+
+def ring(engine):
+    """Seconds for an all-reduce of 64 MiB, the slowest rank's, best of two."""
+    import tensorflow as tf
+
+    import disttrain as dt
+
+    comm = dt.init(engine)
+    reduce = tf.function(comm.all_reduce, autograph=False)
+    x = [tf.ones([1 << 22]) * (comm.rank + 1) for _ in range(4)]
+    reduce([x[0][:1024]])
+    times = []
+    for _ in range(2):
+        comm.barrier()
+        start = time.perf_counter()
+        total = reduce(x)
+        assert float(total[3][-1]) == comm.size * (comm.size + 1) / 2
+        times.append(max(comm.all_gather_object(time.perf_counter() - start)))
+    if comm.is_chief:
+        print(f"ring {min(times):.3f} s over {len(set(comm.all_gather_object(socket.gethostname())))} hosts")
+    else:
+        comm.all_gather_object(socket.gethostname())
+    comm.close()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
