@@ -95,6 +95,12 @@ class Lab:
                 options = ["rate", rate, "burst", burst, "latency", "100ms"]
                 self._do("tc", "-n", self._space(space), "qdisc", "replace", "dev", device, "root", "tbf", *options)
 
+    def unshape(self) -> None:
+        """Gives the links back their own speed."""
+        for name in self.names:
+            for space, device in ((name, "eth0"), ("sw", f"p{name}")):
+                self._do("tc", "-n", self._space(space), "qdisc", "del", "dev", device, "root")
+
     def cut(self, name: str) -> None:
         """Takes the host's link down."""
         self._do("ip", "-n", self._space("sw"), "link", "set", f"p{name}", "down")

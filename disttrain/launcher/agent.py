@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from disttrain.errors import BackendError, ConfigError
 from disttrain.launcher.facts import facts
@@ -83,6 +84,7 @@ class _Agent:
                 self._signal_program(signal.SIGKILL)
             if self._line.silent():
                 self._launcher_is_gone()
+                _end_daemon()
             if self._code is not None and not self._streams and not told:
                 told, ended = True, now
                 self._say(lambda: self._line.send("exit", code=self._code))
@@ -195,6 +197,14 @@ class _Agent:
         """Nobody would ever know of this rank again."""
         self._signal_program(signal.SIGKILL)
         self._let_go = True
+
+
+def _end_daemon() -> None:
+    """Open MPI's daemon on this host waits minutes for a network that is cut, since it has words that nobody acknowledges."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{parent}/comm").read_text().strip() == "prted":
+            os.kill(parent, signal.SIGKILL)
 
 
 def _die_with_parent() -> None:

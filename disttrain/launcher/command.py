@@ -174,8 +174,8 @@ def _open_mpi(job: Job) -> dict[str, str]:
         "PRTE_MCA_oob_tcp_keepalive_time": "5",
         "PRTE_MCA_oob_tcp_keepalive_intvl": "2",
         "PRTE_MCA_oob_tcp_keepalive_probes": "3",
-        # Ranks that wait give their core away.
-        "OMPI_MCA_mpi_yield_when_idle": "1" if _oversubscribed(job) else "0",
+        # Ranks that wait give their core away: where there are more ranks than cores nothing moves otherwise.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
     }
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -200,11 +200,6 @@ def _open_mpi(job: Job) -> dict[str, str]:
 
 def _nccl(job: Job) -> dict[str, str]:
     return {"NCCL_SOCKET_IFNAME": job.interface} if job.interface else {}
-
-
-def _oversubscribed(job: Job) -> bool:
-    cores = len(os.sched_getaffinity(0))
-    return max([host.slots for host in job.hosts], default=job.ranks) > cores
 
 
 def _horovodrun(job: Job, agent: list[str], environment: dict[str, str]) -> list[Command]:
