@@ -132,8 +132,10 @@ class HorovodCommunicator(OneReplica):
             return tensor
         if tensor.shape.rank == 0:
             return tf.reshape(self.at_run_time(tf.reshape(tensor, [1])), [])
-        # The whole, from a place that is known when the program runs: not copied, and not optimized away.
-        rank, start = tf.rank(tensor), tf.compat.v1.placeholder_with_default(0, [])
+        # The whole, from a place that is known when the program runs: not copied, and not optimized away. A random number
+        # from 0 to 0 is one, and unlike a variable can be made within a traced function.
+        start = tf.raw_ops.RandomUniformInt(shape=tf.zeros([0], tf.int32), minval=0, maxval=1, seed=1, seed2=1)
+        rank = tf.rank(tensor)
         whole = tf.slice(tensor, tf.fill([rank], start), tf.fill([rank], -1))
         whole.set_shape(tensor.shape)
         return whole
