@@ -22,7 +22,7 @@ def trained(tmp_path_factory):
 
     def run(engine, ranks):
         name = f"exactness-{engine}-{ranks}"
-        return once(tmp_path_factory, name, lambda: launch(engine, ranks, "exactness", engine, timeout=1200).check())
+        return once(tmp_path_factory, name, lambda: launch(engine, ranks, "exactness", timeout=1200).check())
 
     return run
 
@@ -35,7 +35,7 @@ def test_update_is_that_of_one_device(trained, engine, ranks):
         (rank, ranks, BACKEND[engine]) for rank in range(ranks)
     ]
     wrong = []
-    for case, split in itertools.product(cases(engine, ranks), SPLITS[ranks]):
+    for case, split in itertools.product(cases(), SPLITS[ranks]):
         _, clip, optimizer = case
         before_ref, first_ref, last_ref = expected(clip, optimizer, sum(SPLITS[ranks][split]))
         before, first, last = (weights_of(result.arrays[0], case, split, m) for m in ("before", "first", "last"))

@@ -69,9 +69,12 @@ class ProcessSetCommunicator(HorovodCommunicator):
         return hvd.allgather(self.at_run_time(tensor), name=name, ignore_name_scope=True, process_set=self.process_set)
 
     def start(self, tensors, op):
-        tensors = [self.at_run_time(tensors[0]), *tensors[1:]]
         if self._compression is not None:
-            return [self._compressed(x, op) for x in tensors]
+            return [self._compressed(self.at_run_time(x), op) for x in tensors]
+        return super().start(tensors, op)
+
+    def _reduce(self, tensors, op):
+        tensors = [self.at_run_time(tensors[0]), *tensors[1:]]
         reduce = self._ops._allreduce if len(tensors) == 1 else self._ops._grouped_allreduce
         reduced = reduce(tensors[0] if len(tensors) == 1 else tensors, **self._options(op, *tensors))
         return [reduced] if len(tensors) == 1 else reduced

@@ -1,7 +1,5 @@
 """Trains the whole exactness matrix as one rank of several, and leaves the weights for the test to judge."""
 
-import sys
-
 import numpy as np
 import tensorflow as tf
 from _report import BACKEND, arrays, report  # first: it writes down the process's id
@@ -22,7 +20,7 @@ def my_share(sizes, index):
 
 
 seen = {}
-for accumulate, clip, optimizer in cases(sys.argv[1], comm.size):
+for accumulate, clip, optimizer in cases():
     # XLA for some, the tape and the update; the others are plain graphs, which are made much faster.
     jit = (accumulate, clip) in ((1, "norm"), (2, "none"))
     training = Training(comm, optimizer, accumulate=accumulate, after_reduce=clipping(clip), jit=jit)
