@@ -1,0 +1,67 @@
+"""What is here, what is wrong with it, and the mend: `disttrain doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from disttrain.launcher.doctor import machine, mpi, network, software
+from disttrain.launcher.doctor.command import facts
+from disttrain.launcher.doctor.finding import ALL, Finding, can_run, run_probes
+from disttrain.launcher.hosts import Host, is_local
+
+__all__ = ["ALL", "Finding", "can_run", "choose_backend", "examine"]
+
+_IMPORT_SECONDS = 60.0  # TensorFlow takes four from a warm disk, and many times that from a cold or distant one
+
+
+def examine(hosts: list[Host], show: Callable[[str], None] = lambda line: None) -> list[Finding]:
+    """Looks at this machine and at the hosts, and measures what is between them. `show` gets told what it is at.
+
+    Nothing that is wrong raises; it becomes a `Finding`."""
+    ranks = sum(host.slots for host in hosts if is_local(host.name)) or 1
+    with ThreadPoolExecutor() as pool, network.agents_on(hosts) as (agents, ssh):
+        show("importing TensorFlow, Horovod and mpi4py")
+        names = ("tensorflow_facts", "horovod_facts", "mpi_facts")
+        tensorflow, horovod, mpi4py = (pool.submit(facts, name, _IMPORT_SECONDS) for name in names)
+        mpirun = pool.submit(mpi.mpirun_version)
+        found = run_probes(
+            {
+                "Python": software.python,
+                "TensorFlow": partial(software.tensorflow, tensorflow),
+                "Horovod": partial(software.horovod, horovod),
+                "mpi4py": partial(mpi.library, mpi4py, mpirun, horovod),
+                "launchers": partial(mpi.launchers, mpirun),
+                "cores": partial(machine.cores, ranks),
+                "memory": partial(machine.memory, ranks),
+                "shared memory": machine.shared_memory,
+                "file descriptors": machine.descriptors,
+                "ssh": lambda: ssh,
+            }
+        )
+        if hosts:
+            show("looking at the hosts")
+            # One after the other: an agent answers one request at a time.
+            for name in ("versions", "clocks"):
+                found += run_probes({name: partial(getattr(network, name), agents)})
+        found += run_probes({"routes": partial(network.routes, agents)})
+        show("timing the network and an all-reduce")
+        return found + run_probes({"all-reduce": partial(_measure, hosts, agents)})
+
+
+def choose_backend(backend: str, hosts: list[Host]) -> str:
+    """What "auto" means here, as `disttrain.init` would choose it for the ranks on these hosts."""
+    if backend != "auto":
+        return backend
+    if sum(host.slots for host in hosts) > 1:
+        return "horovod" if importlib.util.find_spec("horovod") else "mpi"
+    return "multiworker" if os.environ.get("TF_CONFIG") else "local"
+
+
+def _measure(hosts: list[Host], agents: network.Agents) -> list[Finding]:
+    rate, rows = network.link(agents)
+    # A host that cannot be reached would keep mpirun waiting; its own row says so.
+    return rows + network.all_reduce([host for host in hosts if host.name in agents], rate)
