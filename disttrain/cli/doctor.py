@@ -33,8 +33,8 @@ _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red", "absent": "dim"}
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of the table.")
 def doctor(hosts: str | None, hostfile: Path | None, backend: str, as_json: bool) -> None:
-    """Looks at TensorFlow, GPUs, Horovod, MPI, launchers and this machine; with -H or --hostfile also at ssh to the hosts, at what
-    is installed there, and at the network between them; and times a small all-reduce.
+    """Looks at TensorFlow, GPUs, Horovod, MPI, launchers and this machine; with -H or --hostfile also at ssh to the hosts, at
+    what is installed there, and at the network between them; and times a small all-reduce.
 
     The exit code says whether the backend can run: 0, or 1 where something that it needs is bad or absent."""
     from rich.console import Console

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from disttrain.launcher.doctor.command import Failed, end, last_line, script
+from disttrain.launcher.doctor.command import ProbeError, end, last_line, script
 from disttrain.launcher.hosts import is_local, ssh_command
 
 _START_SECONDS = 10.0
@@ -33,7 +33,7 @@ class Agent:
     """`inside/agent.py` on a host, its functions called by name.
 
     Raises:
-      Failed: it cannot be started there, with what ssh said.
+      ProbeError: it cannot be started there, with what ssh said.
     """
 
     def __init__(self, host: str):
@@ -51,12 +51,12 @@ class Agent:
                 start_new_session=True,
             )
         except OSError as error:
-            raise Failed(f"ssh cannot be run: {error.strerror}", "apt-get install openssh-client") from None
+            raise ProbeError(f"ssh cannot be run: {error.strerror}", "apt-get install openssh-client") from None
         self._answers: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
             self.call("clock", seconds=_START_SECONDS)
-        except Failed:
+        except ProbeError:
             self.close()
             raise
 
@@ -64,7 +64,7 @@ class Agent:
         """Calls a function of the agent.
 
         Raises:
-          Failed: it raised, or the host did not answer in time.
+          ProbeError: it raised, or the host did not answer in time.
         """
         try:
             self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
@@ -73,14 +73,14 @@ class Agent:
         except BrokenPipeError:
             line = None
         except queue.Empty:
-            raise Failed(
+            raise ProbeError(
                 f"{self.host} did not answer within {seconds:g} s", f"is {self.host} up and not overloaded?"
             ) from None
         if line is None:
             raise self._why()
         answer = json.loads(line)
         if "error" in answer:
-            raise Failed(f"{self.host}: {answer['error']}")
+            raise ProbeError(f"{self.host}: {answer['error']}")
         return answer["answer"]
 
     def skew(self) -> tuple[float, float]:
@@ -112,9 +112,9 @@ class Agent:
                 self._answers.put(line.removeprefix("doctor "))
         self._answers.put(None)
 
-    def _why(self) -> Failed:
+    def _why(self) -> ProbeError:
         self._process.wait(1.0)
         self._errors.seek(0)
         said = last_line(self._errors.read()) or f"the connection ended ({self._process.returncode})"
         mend = next((mend for words, mend in _MENDS.items() if words in said), "try it by hand: ssh {host} true")
-        return Failed(said, mend.format(host=self.host))
+        return ProbeError(said, mend.format(host=self.host))

@@ -20,8 +20,8 @@ from disttrain.errors import DisttrainError
 _GRACE = 3.0  # seconds between the request to end and the end
 
 
-class Failed(DisttrainError):
-    """A command that could not be started, took too long or ended with an error; in one sentence, with the mend if one is known."""
+class ProbeError(DisttrainError):
+    """A command that did not start, took too long or failed, in one sentence; with the mend if one is known."""
 
     def __init__(self, said: str, mend: str = ""):
         super().__init__(said)
@@ -32,7 +32,7 @@ def output(command: list[str], seconds: float, environment: Mapping[str, str] | 
     """What a command writes to stdout.
 
     Raises:
-      Failed: there is no such program, it took more than `seconds`, or it failed, with the last line that it wrote.
+      ProbeError: there is no such program, it took more than `seconds`, or it failed, with the last line that it wrote.
     """
     try:
         process = subprocess.Popen(
@@ -46,15 +46,15 @@ def output(command: list[str], seconds: float, environment: Mapping[str, str] | 
             start_new_session=True,
         )
     except OSError as error:
-        raise Failed(f"{command[0]} cannot be run: {error.strerror}") from None
+        raise ProbeError(f"{command[0]} cannot be run: {error.strerror}") from None
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise Failed(f"{_name(command)} did not answer within {seconds:g} s and was stopped") from None
+        raise ProbeError(f"{_name(command)} did not answer within {seconds:g} s and was stopped") from None
     finally:
         end(process)
     if process.returncode:
-        raise Failed(
+        raise ProbeError(
             f"{_name(command)} {_how(process.returncode)}: {last_line(err) or last_line(out) or 'it said nothing'}"
         )
     return out

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
-from disttrain.launcher.doctor.command import Failed
+from disttrain.launcher.doctor.command import ProbeError
 
 ALL = ("local", "mirrored", "multiworker", "horovod", "mpi")
 PROCESSES = ("multiworker", "horovod", "mpi")  # one process for each replica, on several hosts if need be
@@ -50,7 +50,7 @@ def run_probes(probes: dict[str, Probe]) -> list[Finding]:
 def _guarded(name: str, probe: Probe) -> list[Finding]:
     try:
         return probe()
-    except Failed as error:
+    except ProbeError as error:
         return [Finding(name, "bad", str(error), error.mend)]
     except Exception as error:  # whatever it is, the other rows are still worth having
         return [Finding(name, "bad", f"the probe itself failed: {type(error).__name__}: {error}", "please report it")]

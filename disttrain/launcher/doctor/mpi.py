@@ -9,7 +9,7 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-from disttrain.launcher.doctor.command import Failed, last_line, output
+from disttrain.launcher.doctor.command import ProbeError, last_line, output
 from disttrain.launcher.doctor.finding import PROCESSES, Finding
 
 EXTRA = "pip install 'disttrain[mpi]'"
@@ -28,7 +28,7 @@ def library(mpi4py: Future[dict], mpirun: Future[str | None], horovod: Future[di
     """mpi4py, the library that it finds, and whether mpirun and Horovod are of the same MPI."""
     try:
         found = mpi4py.result()
-    except Failed as error:
+    except ProbeError as error:
         if "No module named 'mpi4py'" in str(error):
             return [Finding("mpi4py", "absent", "not installed", EXTRA, ("mpi",))]
         return [Finding("mpi4py", "bad", f"no MPI library can be loaded: {error}", EXTRA, ("mpi",))]
@@ -55,7 +55,7 @@ def mpirun_version() -> str | None:
     """Which MPI mpirun is of, as "Open MPI 5.0.11"; None where there is none.
 
     Raises:
-      Failed: it is there and does not answer.
+      ProbeError: it is there and does not answer.
     """
     path = program("mpirun")
     if not path:
@@ -74,7 +74,7 @@ def root_variables() -> dict[str, str]:
 def _mpirun(asked: Future[str | None]) -> Finding:
     try:
         version = asked.result()
-    except Failed as error:
+    except ProbeError as error:
         return Finding("mpirun", "bad", str(error), EXTRA, ("mpi",))
     if version is None:
         return Finding("mpirun", "absent", "not found beside Python or on the PATH", EXTRA, ("mpi",))
@@ -102,7 +102,7 @@ def _srun() -> Finding:
         return Finding("srun", "absent", "not found: no Slurm here")
     try:
         version = last_line(output([path, "--version"], _VERSION_SECONDS))
-    except Failed as error:
+    except ProbeError as error:
         return Finding("srun", "bad", str(error), "ask whoever runs the cluster", PROCESSES if _in_slurm() else ())
     return Finding(
         "srun", "ok", f"{version}: {path}" + (f", in job {os.environ['SLURM_JOB_ID']}" if _in_slurm() else "")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from disttrain.launcher.doctor.agent import Agent
-from disttrain.launcher.doctor.command import Failed, last_line, output, script
+from disttrain.launcher.doctor.command import ProbeError, last_line, output, script
 from disttrain.launcher.doctor.finding import PROCESSES, Finding
 from disttrain.launcher.doctor.mpi import program, root_variables
 from disttrain.launcher.hosts import Host, is_local, ssh_agent
@@ -40,7 +40,7 @@ def agents_on(hosts: list[Host]) -> Iterator[tuple[Agents, list[Finding]]]:
         )
         hosts = [host for host in hosts if is_local(host.name)]
     for host, agent in _each([host.name for host in hosts], Agent):
-        if isinstance(agent, Failed):
+        if isinstance(agent, ProbeError):
             rows.append(Finding("ssh", "bad", f"{host}: {agent}", agent.mend, PROCESSES))
         else:
             agents[host] = agent
@@ -76,7 +76,7 @@ def clocks(agents: Agents) -> list[Finding]:
     for host, measured in _each(
         [name for name, agent in agents.items() if not agent.local], lambda name: agents[name].skew()
     ):
-        if isinstance(measured, Failed):
+        if isinstance(measured, ProbeError):
             rows.append(Finding("clocks", "bad", str(measured), measured.mend))
             continue
         skew, off = measured
@@ -132,7 +132,7 @@ def link(agents: Agents) -> tuple[float | None, list[Finding]]:
         to = following[name]
         agents[name].call("send", to, ports[to], _STREAM_SECONDS)
 
-    failed = [(host, error) for host, error in _each(names, stream) if isinstance(error, Failed)]
+    failed = [(host, error) for host, error in _each(names, stream) if isinstance(error, ProbeError)]
     if failed:
         host, error = failed[0]
         said = f"{host} to {following[host]}: {error}"
@@ -161,7 +161,7 @@ def all_reduce(hosts: list[Host], rate: float | None) -> list[Finding]:
     variables = {"PRTE_MCA_plm_ssh_agent": agent, "OMPI_MCA_plm_rsh_agent": agent, **root_variables()}
     try:
         found = json.loads(last_line(output(command, _ALLREDUCE_SECONDS, os.environ | variables)))
-    except (Failed, ValueError) as error:
+    except (ProbeError, ValueError) as error:
         return [
             Finding(
                 name,
@@ -176,7 +176,8 @@ def all_reduce(hosts: list[Host], rate: float | None) -> list[Finding]:
         return [
             Finding(name, "bad", said, "mpirun and mpi4py must be of the same MPI; host names must differ", ("mpi",))
         ]
-    said = f"{ranks} ranks: {found['latency'] * 1e6:.0f} µs for 4 bytes, {found['seconds'] * 1e3:.0f} ms for {size / 2**20:.0f} MiB"
+    latency, milliseconds = found["latency"] * 1e6, found["seconds"] * 1e3
+    said = f"{ranks} ranks: {latency:.0f} µs for 4 bytes, {milliseconds:.0f} ms for {size / 2**20:.0f} MiB"
     if not rate:
         return [Finding(name, "ok", said, "", ("mpi",))]
     times = found["seconds"] / (share * size / rate)
@@ -227,18 +228,18 @@ def _all(agents: Agents, name: str, *arguments: Any) -> dict[str, Any]:
     """What each agent answers. Raises for the first that does not."""
     found = dict(_each(list(agents), lambda host: agents[host].call(name, *arguments)))
     for answer in found.values():
-        if isinstance(answer, Failed):
+        if isinstance(answer, ProbeError):
             raise answer
     return found
 
 
 def _each(names: list[str], work: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
-    """Does the work for all at the same time; name by name what came of it, a `Failed` where it failed."""
+    """Does the work for all at the same time; name by name what came of it, a `ProbeError` where it failed."""
 
     def attempt(name: str) -> Any:
         try:
             return work(name)
-        except Failed as error:
+        except ProbeError as error:
             return error
 
     with ThreadPoolExecutor(max(1, len(names))) as pool:

@@ -9,7 +9,7 @@ import re
 from concurrent.futures import Future
 from pathlib import Path
 
-from disttrain.launcher.doctor.command import Failed, output
+from disttrain.launcher.doctor.command import ProbeError, output
 from disttrain.launcher.doctor.finding import ALL, Finding
 
 _BUILD = "pip install 'disttrain[horovod]' && disttrain build-horovod"
@@ -25,7 +25,7 @@ def python() -> list[Finding]:
     version, wanted = platform.python_version(), package["Requires-Python"]
     ours = Finding("disttrain", "ok", package["Version"])
     if fits(version, wanted):
-        return [ours, Finding("Python", "ok", version, "", ALL)]
+        return [ours, Finding("Python", "ok", f"{version} ({wanted})", "", ALL)]
     return [ours, Finding("Python", "bad", f"{version}, {wanted} is wanted", "use another Python", ALL)]
 
 
@@ -33,7 +33,7 @@ def tensorflow(asked: Future[dict]) -> list[Finding]:
     """TensorFlow, Keras, GPUs, CUDA and NCCL."""
     try:
         found = asked.result()
-    except Failed as error:
+    except ProbeError as error:
         wanted = f"pip install 'tensorflow{requirement('disttrain', 'tensorflow') or ''}'"
         if "No module named 'tensorflow'" in str(error):
             return [Finding("TensorFlow", "absent", "not installed", wanted, ALL)]
@@ -49,7 +49,7 @@ def horovod(asked: Future[dict]) -> list[Finding]:
     """Whether Horovod imports with this TensorFlow, and what it was built with."""
     try:
         found = asked.result()
-    except Failed as error:
+    except ProbeError as error:
         if "No module named 'horovod'" in str(error):
             return [Finding("Horovod", "absent", "not installed", _BUILD, ("horovod",))]
         return [Finding("Horovod", "bad", f"does not import: {error}", "disttrain build-horovod", ("horovod",))]
@@ -98,7 +98,7 @@ def _compare(version: str, limit: str) -> int:
 def _version(name: str, package: str, version: str) -> Finding:
     wanted = requirement("disttrain", package) or ""
     if fits(version, wanted):
-        return Finding(name, "ok", version, "", ALL)
+        return Finding(name, "ok", f"{version} ({wanted})", "", ALL)
     return Finding(name, "bad", f"{version}, {wanted} is wanted", f"pip install '{package}{wanted}'", ALL)
 
 
@@ -119,7 +119,7 @@ def _gpus(seen: int, wanted_cuda: str | None, driver_cuda: int) -> list[Finding]
         cards = output(
             ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"], seconds=10
         ).splitlines()
-    except Failed as error:
+    except ProbeError as error:
         cards, broken = [], str(error)
     driver = Path("/proc/driver/nvidia/version")
     if not cards and not driver.exists() and not seen:

@@ -108,4 +108,5 @@ for request in sys.stdin:
         answer = {"answer": _does[name](*arguments)}
     except Exception as error:
         answer = {"error": f"{name}: {error}"}
-    print("doctor", json.dumps(answer), flush=True)
+    sys.stdout.write(f"doctor {json.dumps(answer)}\n")
+    sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Horovod as it imports here with this TensorFlow, and what it was built with."""
 
 import json
+import sys
 
 import horovod
 import horovod.tensorflow as hvd
@@ -12,4 +13,4 @@ found = {
     "features": {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "NCCL": bool(hvd.nccl_built())},
     "library": min(libraries, default=None),
 }
-print(json.dumps(found))
+sys.stdout.write(json.dumps(found) + "\n")

@@ -1,6 +1,7 @@
 """The MPI library that mpi4py finds here."""
 
 import json
+import sys
 
 import mpi4py
 from mpi4py import MPI
@@ -13,4 +14,4 @@ found = {
     "thread_level": MPI.Query_thread(),
     "library": min(libraries, default=None),
 }
-print(json.dumps(found))
+sys.stdout.write(json.dumps(found) + "\n")

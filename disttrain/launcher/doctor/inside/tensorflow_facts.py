@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import sys
 
 import tensorflow as tf
 
@@ -32,4 +33,4 @@ found = {
     "driver_cuda": driver_cuda(),
     "keras": keras_facts(),
 }
-print(json.dumps(found))
+sys.stdout.write(json.dumps(found) + "\n")
