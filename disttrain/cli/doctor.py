@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ def doctor(hosts: str | None, hostfile: Path | None, backend: str, as_json: bool
     if hosts is not None and hostfile:
         raise ConfigError("-H and --hostfile: give one of the two")
     named = parse_hosts(hosts) if hosts is not None else read_hostfile(hostfile) if hostfile else []
+    # A request to end takes the way of Ctrl-C, so that no probe is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with Console(stderr=True).status("looking around") as status:
         findings = examine(named, status.update)
     taken = choose_backend(backend, named)
@@ -82,7 +85,7 @@ def table(findings: list[Finding]) -> Table:
 
 def _verdict(findings: list[Finding], able: dict[str, bool], taken: str) -> str:
     said = ", ".join(f"{name} {'[green]yes[/]' if yes else '[red]no[/]'}" for name, yes in able.items())
-    missing = [f.name for f in findings if taken in f.needed_by and f.status in ("bad", "absent")]
+    missing = dict.fromkeys(f.name for f in findings if taken in f.needed_by and f.status in ("bad", "absent"))
     asked = (
         f"[bold]{taken} can run here[/]"
         if able[taken]

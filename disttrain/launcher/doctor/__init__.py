@@ -10,8 +10,8 @@ from functools import partial
 
 from disttrain.launcher.doctor import machine, mpi, network, software
 from disttrain.launcher.doctor.command import facts
-from disttrain.launcher.doctor.finding import ALL, Finding, can_run, run_probes
-from disttrain.launcher.hosts import Host, is_local
+from disttrain.launcher.doctor.finding import ALL, PROCESSES, Finding, can_run, run_probes
+from disttrain.launcher.hosts import Host
 
 __all__ = ["ALL", "Finding", "can_run", "choose_backend", "examine"]
 
@@ -22,8 +22,8 @@ def examine(hosts: list[Host], show: Callable[[str], None] = lambda line: None) 
     """Looks at this machine and at the hosts, and measures what is between them. `show` gets told what it is at.
 
     Nothing that is wrong raises; it becomes a `Finding`."""
-    ranks = sum(host.slots for host in hosts if is_local(host.name)) or 1
     with ThreadPoolExecutor() as pool, network.agents_on(hosts) as (agents, ssh):
+        ranks = sum(host.slots for host in hosts if host.name in agents and agents[host.name].local) or 1
         show("importing TensorFlow, Horovod and mpi4py")
         names = ("tensorflow_facts", "horovod_facts", "mpi_facts")
         tensorflow, horovod, mpi4py = (pool.submit(facts, name, _IMPORT_SECONDS) for name in names)
@@ -45,11 +45,11 @@ def examine(hosts: list[Host], show: Callable[[str], None] = lambda line: None) 
         if hosts:
             show("looking at the hosts")
             # One after the other: an agent answers one request at a time.
-            for name in ("versions", "clocks"):
-                found += run_probes({name: partial(getattr(network, name), agents)})
-        found += run_probes({"routes": partial(network.routes, agents)})
+            found += run_probes({"versions": partial(network.versions, agents)}, PROCESSES)
+            found += run_probes({"clocks": partial(network.clocks, agents)}, PROCESSES)
+        found += run_probes({"routes": partial(network.routes, agents)}, PROCESSES if hosts else ())
         show("timing the network and an all-reduce")
-        return found + run_probes({"all-reduce": partial(_measure, hosts, agents)})
+        return found + run_probes({"all-reduce": partial(_measure, hosts, agents)}, PROCESSES if hosts else ())
 
 
 def choose_backend(backend: str, hosts: list[Host]) -> str:
@@ -62,6 +62,9 @@ def choose_backend(backend: str, hosts: list[Host]) -> str:
 
 
 def _measure(hosts: list[Host], agents: network.Agents) -> list[Finding]:
-    rate, rows = network.link(agents)
     # A host that cannot be reached would keep mpirun waiting; its own row says so.
-    return rows + network.all_reduce([host for host in hosts if host.name in agents], rate)
+    reached = [host for host in hosts if host.name in agents]
+    if hosts and not reached:
+        return [Finding("all-reduce", "absent", "not measured: no host can be reached")]
+    rate, rows = network.link(agents)
+    return rows + network.all_reduce(reached, rate)

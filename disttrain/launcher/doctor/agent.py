@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from disttrain.launcher.doctor.command import ProbeError, end, last_line, script
-from disttrain.launcher.hosts import is_local, ssh_command
+from disttrain.launcher.hosts import ssh_command
 
 _START_SECONDS = 10.0
 _ANSWER_SECONDS = 10.0
@@ -36,13 +36,13 @@ class Agent:
       ProbeError: it cannot be started there, with what ssh said.
     """
 
-    def __init__(self, host: str):
-        self.host, self.local = host, is_local(host)
+    def __init__(self, host: str, local: bool):
+        self.host, self.local = host, local
         command = script("agent")
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed in `close`
         try:
             self._process = subprocess.Popen(
-                command if self.local else ssh_command(host, *command),
+                command if local else ssh_command(host, *command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

@@ -38,19 +38,20 @@ def can_run(findings: Iterable[Finding], backend: str) -> bool:
     return not any(backend in finding.needed_by and finding.status in ("bad", "absent") for finding in findings)
 
 
-def run_probes(probes: dict[str, Probe]) -> list[Finding]:
+def run_probes(probes: dict[str, Probe], needed_by: tuple[str, ...] = ()) -> list[Finding]:
     """Runs probes at the same time and returns what they found, in the order of the probes.
 
-    A probe that fails becomes a row of its own, which says what failed."""
+    A probe that fails becomes a row of its own, which says what failed and is needed by `needed_by`."""
     with ThreadPoolExecutor(len(probes)) as pool:
-        running = [pool.submit(_guarded, name, probe) for name, probe in probes.items()]
+        running = [pool.submit(_guarded, name, probe, needed_by) for name, probe in probes.items()]
         return [finding for probe in running for finding in probe.result()]
 
 
-def _guarded(name: str, probe: Probe) -> list[Finding]:
+def _guarded(name: str, probe: Probe, needed_by: tuple[str, ...]) -> list[Finding]:
     try:
         return probe()
     except ProbeError as error:
-        return [Finding(name, "bad", str(error), error.mend)]
+        return [Finding(name, "bad", str(error), error.mend, needed_by)]
     except Exception as error:  # whatever it is, the other rows are still worth having
-        return [Finding(name, "bad", f"the probe itself failed: {type(error).__name__}: {error}", "please report it")]
+        said = f"the probe itself failed: {type(error).__name__}: {error}"
+        return [Finding(name, "bad", said, "please report it", needed_by)]

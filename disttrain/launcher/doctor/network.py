@@ -13,6 +13,7 @@ from typing import Any
 from disttrain.launcher.doctor.agent import Agent
 from disttrain.launcher.doctor.command import ProbeError, last_line, output, script
 from disttrain.launcher.doctor.finding import PROCESSES, Finding
+from disttrain.launcher.doctor.inside import agent as here
 from disttrain.launcher.doctor.mpi import program, root_variables
 from disttrain.launcher.hosts import Host, is_local, ssh_agent
 
@@ -34,12 +35,12 @@ Agents = dict[str, Agent]
 def agents_on(hosts: list[Host]) -> Iterator[tuple[Agents, list[Finding]]]:
     """Agents on all hosts that can be reached, by name, and the rows about ssh."""
     agents, rows = {}, []
-    if any(not is_local(host.name) for host in hosts) and not program(ssh_agent()[0]):
-        rows.append(
-            Finding("ssh", "absent", f"{ssh_agent()[0]} is not here", "apt-get install openssh-client", PROCESSES)
-        )
-        hosts = [host for host in hosts if is_local(host.name)]
-    for host, agent in _each([host.name for host in hosts], Agent):
+    local = dict(_each([host.name for host in hosts], is_local))
+    ssh = ssh_agent()[0]
+    if not all(local.values()) and not program(ssh):
+        rows.append(Finding("ssh", "absent", f"{ssh} is not here", "apt-get install openssh-client", PROCESSES))
+        local = {host: True for host, here in local.items() if here}
+    for host, agent in _each(list(local), lambda host: Agent(host, local[host])):
         if isinstance(agent, ProbeError):
             rows.append(Finding("ssh", "bad", f"{host}: {agent}", agent.mend, PROCESSES))
         else:
@@ -56,10 +57,9 @@ def agents_on(hosts: list[Host]) -> Iterator[tuple[Agents, list[Finding]]]:
 
 def versions(agents: Agents) -> list[Finding]:
     """Python and packages on each host against those here."""
-    found = _all(agents, "versions", _PACKAGES)
-    with contextlib.closing(Agent("localhost")) as here:
-        mine = here.call("versions", _PACKAGES)
-    rows = []
+    if not agents:
+        return []
+    found, mine, rows = _all(agents, "versions", _PACKAGES), here.versions(_PACKAGES), []
     for host, theirs in found.items():
         for name, version in theirs.items():
             if version != mine[name]:
@@ -92,7 +92,7 @@ def routes(agents: Agents) -> list[Finding]:
     """Which interface reaches which host, from each of them."""
     names = list(agents)
     if len(names) < 2:
-        return _interfaces(names or ["localhost"], agents)
+        return _interfaces()
     rows, used = [], {}
     for host, found in _all(agents, "routes", names).items():
         for other, route in found.items():
@@ -109,53 +109,52 @@ def routes(agents: Agents) -> list[Finding]:
                 used.setdefault(host, set()).add(route["interface"] or route["source"])
     if rows:
         return rows
-    everywhere = set().union(*used.values())
     said = "; ".join(f"{host} by {', '.join(sorted(names))}" for host, names in used.items())
-    there = _all(agents, "interfaces")
-    several = [host for host, found in there.items() if len(_outward(found)) > 1]
-    if len(everywhere) == 1 and several:
-        name = everywhere.pop()
-        mend = f"{_choice(name)} (ranks may take another)"
-        return [Finding("routes", "warn", f"{said}; there are several interfaces on {', '.join(several)}", mend, ())]
+    several = [host for host, found in _all(agents, "interfaces").items() if len(_outward(found)) > 1]
+    if several:
+        said += f"; {', '.join(several)} {'has' if len(several) == 1 else 'have'} others, and ranks may take those"
+        return [Finding("routes", "warn", said, _choice(set().union(*used.values())))]
     return [Finding("routes", "ok", said)]
 
 
 def link(agents: Agents) -> tuple[float | None, list[Finding]]:
-    """Bytes a second of the slowest link, by TCP streams from each host to the next at the same time, as in a ring."""
+    """Bytes a second of the slowest link, by a TCP stream from each host to the next, as in a ring."""
     names = list(agents)
     if len(names) < 2:
         return None, []
     ports = _all(agents, "listen")
     following = dict(zip(names, names[1:] + names[:1], strict=True))
 
-    def stream(name: str) -> float | None:
+    def stream(name: str) -> float:
         to = following[name]
         agents[name].call("send", to, ports[to], _STREAM_SECONDS)
+        return agents[to].call("received")  # when all of it is there, which takes a while longer
 
-    failed = [(host, error) for host, error in _each(names, stream) if isinstance(error, ProbeError)]
+    # No host is in two streams at a time: the last one of an odd number would meet the first.
+    pairs = len(names) // 2 * 2
+    rounds = [names[0:pairs:2], names[1:pairs:2], names[pairs:]]
+    rates = dict(outcome for senders in rounds for outcome in _each(senders, stream))
+    failed = [(host, error) for host, error in rates.items() if isinstance(error, ProbeError)]
     if failed:
         host, error = failed[0]
-        said = f"{host} to {following[host]}: {error}"
+        said = f"no TCP from {host} to {following[host]} ({error})"
         mend = "open TCP ports above 1024 between the hosts, MPI and Gloo take any of them"
         return None, [Finding("link", "bad", said, mend, PROCESSES)]
-    rates = {host: rate for host, rate in _all(agents, "received").items() if rate}
     slowest = min(rates, key=rates.get)
-    before = {to: name for name, to in following.items()}
-    said = f"{_rate(rates[slowest])}, the slowest of {len(rates)} ({before[slowest]} to {slowest})"
+    said = f"{_rate(rates[slowest])}, the slowest of {len(rates)} ({slowest} to {following[slowest]})"
     return rates[slowest], [Finding("link", "ok", said)]
 
 
 def all_reduce(hosts: list[Host], rate: float | None) -> list[Finding]:
-    """Times a small all-reduce: one rank on each host, or two here, under mpirun."""
+    """Times a small all-reduce under mpirun: one rank on each of several hosts, or two on one. No hosts: on this machine."""
     name, ranks = "all-reduce", max(2, len(hosts))
     mpirun = program("mpirun")
     if not mpirun:
         return [Finding(name, "absent", "not measured: there is no mpirun")]
     share = 2 * (ranks - 1) / ranks
-    size = _LARGEST if not rate else int(min(_LARGEST, max(_SMALLEST, rate * _RING_SECONDS / share)))
-    where = (
-        ["--host", ",".join(f"{host.name}:1" for host in hosts)] if len(hosts) > 1 else ["--map-by", ":OVERSUBSCRIBE"]
-    )
+    size = int(min(_LARGEST, max(_SMALLEST, (rate or 0) * _RING_SECONDS / share))) if len(hosts) > 1 else _LARGEST
+    named = ",".join(f"{host.name}:{1 if len(hosts) > 1 else ranks}" for host in hosts)
+    where = ["--host", named] if hosts else ["--map-by", ":OVERSUBSCRIBE"]
     command = [mpirun, "-np", str(ranks), *where, "--bind-to", "none", *_RING, *_YIELD, *script("allreduce", str(size))]
     agent = shlex.join(ssh_agent())
     variables = {"PRTE_MCA_plm_ssh_agent": agent, "OMPI_MCA_plm_rsh_agent": agent, **root_variables()}
@@ -172,7 +171,9 @@ def all_reduce(hosts: list[Host], rate: float | None) -> list[Finding]:
             )
         ]
     if found["ranks"] != ranks or found["hosts"] < len(hosts):
-        said = f"mpirun started {ranks} ranks on {len(hosts)} hosts, mpi4py saw {found['ranks']} on {found['hosts']}"
+        said = (
+            f"{ranks} ranks on {max(1, len(hosts))} hosts were started, mpi4py saw {found['ranks']} on {found['hosts']}"
+        )
         return [
             Finding(name, "bad", said, "mpirun and mpi4py must be of the same MPI; host names must differ", ("mpi",))
         ]
@@ -187,25 +188,20 @@ def all_reduce(hosts: list[Host], rate: float | None) -> list[Finding]:
     return [Finding(name, "ok", said, "", ("mpi",))]
 
 
-def _interfaces(names: list[str], agents: Agents) -> list[Finding]:
-    """On one host: what there is."""
-    if agents:
-        found = agents[names[0]].call("interfaces")
-    else:
-        with contextlib.closing(Agent("localhost")) as here:
-            found = here.call("interfaces")
+def _interfaces() -> list[Finding]:
+    """Those of this machine."""
+    found = here.interfaces()
     said = ", ".join(f"{name} {address}" for name, address in found.items()) or "none"
     if not _outward(found):
-        return [Finding("interfaces", "warn", f"{said}: no other host can be reached", "none is needed on one machine")]
+        return [Finding("interfaces", "ok", f"{said}: no way to other hosts, and none is needed on one machine")]
     if len(_outward(found)) > 1:
-        return [Finding("interfaces", "ok", said, f"for several hosts choose one: {_choice(min(_outward(found)))}")]
+        return [Finding("interfaces", "ok", said, "with several hosts, name them: disttrain doctor -H h1,h2")]
     return [Finding("interfaces", "ok", said)]
 
 
-def _choice(interface: str) -> str:
-    return (
-        f"export OMPI_MCA_btl_tcp_if_include={interface} HOROVOD_GLOO_IFACE={interface} NCCL_SOCKET_IFNAME={interface}"
-    )
+def _choice(interfaces: set[str]) -> str:
+    names = ",".join(sorted(interfaces))
+    return f"export OMPI_MCA_btl_tcp_if_include={names} NCCL_SOCKET_IFNAME={names} HOROVOD_GLOO_IFACE={names}"
 
 
 def _outward(interfaces: dict[str, str]) -> list[str]:

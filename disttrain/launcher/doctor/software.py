@@ -20,10 +20,10 @@ def python() -> list[Finding]:
     """This Python against what disttrain asks for."""
     try:
         package = importlib.metadata.metadata("disttrain")
+        ours, wanted = Finding("disttrain", "ok", package["Version"]), package["Requires-Python"]
     except importlib.metadata.PackageNotFoundError:
-        return [Finding("disttrain", "warn", "runs from its source folder, not installed", "pip install .")]
-    version, wanted = platform.python_version(), package["Requires-Python"]
-    ours = Finding("disttrain", "ok", package["Version"])
+        ours, wanted = Finding("disttrain", "warn", "runs from its source folder, not installed", "pip install ."), ""
+    version = platform.python_version()
     if fits(version, wanted):
         return [ours, Finding("Python", "ok", f"{version} ({wanted})", "", ALL)]
     return [ours, Finding("Python", "bad", f"{version}, {wanted} is wanted", "use another Python", ALL)]
@@ -52,7 +52,8 @@ def horovod(asked: Future[dict]) -> list[Finding]:
     except ProbeError as error:
         if "No module named 'horovod'" in str(error):
             return [Finding("Horovod", "absent", "not installed", _BUILD, ("horovod",))]
-        return [Finding("Horovod", "bad", f"does not import: {error}", "disttrain build-horovod", ("horovod",))]
+        mend = "pip install 'disttrain[mpi]'" if "libmpi" in str(error) else "disttrain build-horovod"
+        return [Finding("Horovod", "bad", f"does not import: {error}", mend, ("horovod",))]
     features = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["features"].items())
     said = f"{found['version']}: {features}"
     if not (found["features"]["MPI"] or found["features"]["Gloo"]):

@@ -2,8 +2,8 @@
 
 import importlib.metadata
 import json
-import os
 import platform
+import queue
 import socket
 import struct
 import sys
@@ -13,7 +13,7 @@ from fcntl import ioctl
 
 _SIOCGIFADDR = 0x8915
 _LIMIT = 5.0  # seconds in which a connection between two hosts has to be there
-_received = {}
+_received = queue.Queue()
 
 
 def clock():
@@ -30,11 +30,6 @@ def versions(packages):
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def cores():
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def interfaces():
@@ -79,10 +74,11 @@ def _swallow(server):
     with server, server.accept()[0] as stream:
         stream.settimeout(_LIMIT)
         stream.recv(1 << 20)
-        begun, last, count = time.perf_counter(), None, 0
+        begun = last = time.perf_counter()
+        count = 0
         while part := stream.recv(1 << 20):
             count, last = count + len(part), time.perf_counter()
-        _received["rate"] = count / (last - begun) if last else 0.0
+        _received.put(count / (last - begun))
 
 
 def send(name, port, seconds):
@@ -94,19 +90,22 @@ def send(name, port, seconds):
 
 
 def received():
-    """Bytes a second of the stream that came in last."""
-    until = time.perf_counter() + _LIMIT
-    while "rate" not in _received and time.perf_counter() < until:
-        time.sleep(0.01)
-    return _received.pop("rate", None)
+    """Bytes a second of the stream that came in."""
+    return _received.get(timeout=_LIMIT)
 
 
-_does = {f.__name__: f for f in (clock, versions, cores, interfaces, routes, listen, send, received)}
-for request in sys.stdin:
-    name, *arguments = json.loads(request)
-    try:
-        answer = {"answer": _does[name](*arguments)}
-    except Exception as error:
-        answer = {"error": f"{name}: {error}"}
-    sys.stdout.write(f"doctor {json.dumps(answer)}\n")
-    sys.stdout.flush()
+def main():
+    """Answers until there are no more requests."""
+    does = {f.__name__: f for f in (clock, versions, interfaces, routes, listen, send, received)}
+    for request in sys.stdin:
+        name, *arguments = json.loads(request)
+        try:
+            answer = {"answer": does[name](*arguments)}
+        except Exception as error:
+            answer = {"error": f"{name}: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}"}
+        sys.stdout.write(f"doctor {json.dumps(answer)}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
