@@ -67,4 +67,6 @@ def _measure(hosts: list[Host], agents: network.Agents) -> list[Finding]:
     if hosts and not reached:
         return [Finding("all-reduce", "absent", "not measured: no host can be reached")]
     rate, rows = network.link(agents)
+    if any(row.status == "bad" for row in rows):
+        return [*rows, Finding("all-reduce", "absent", "not measured: ranks would wait for each other in vain")]
     return rows + network.all_reduce(reached, rate)

@@ -20,7 +20,7 @@ from disttrain.launcher.hosts import Host, is_local, ssh_agent
 _PACKAGES = ("disttrain", "tensorflow", "keras", "horovod", "mpi4py", "openmpi")
 _SKEW = 1.0  # seconds; logs are hard to read beyond, and certificates and file times go wrong
 _STREAM_SECONDS = 0.5
-_ALLREDUCE_SECONDS = 60.0
+_ALLREDUCE_SECONDS = 30.0
 _LARGEST, _SMALLEST = 64 * 2**20, 2**20  # bytes of the all-reduce
 _RING_SECONDS = 0.5  # what it should take on the link
 _FAR_FROM_BOUND = 1.5
