@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import time
 from collections import defaultdict
+from concurrent.futures import Future
 from contextlib import closing
 from io import StringIO
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from disttrain.cli.doctor import table
 from disttrain.errors import ConfigError
-from disttrain.launcher.doctor import Finding, can_run, choose_backend, machine, network, software
+from disttrain.launcher.doctor import ALL, Finding, can_run, choose_backend, machine, mpi, network, software
 from disttrain.launcher.doctor.agent import Agent
 from disttrain.launcher.doctor.command import ProbeError, facts
 from disttrain.launcher.doctor.finding import run_probes
@@ -99,10 +100,10 @@ def test_what_is_here_can_run(here):
     assert rows["TensorFlow"][0]["found"].startswith("2.21.")
     assert rows["Horovod"][0]["found"].startswith("0.28.1: MPI yes, Gloo yes")
     assert "MPI_THREAD_MULTIPLE" in rows["mpi4py"][0]["found"]
-    assert rows["one MPI"][0]["found"].startswith("mpi4py, mpirun, Horovod: ")
-    assert rows["launcher"][0]["found"].startswith("mpirun")
+    assert rows["one MPI"][0]["found"].startswith("mpi4py, mpirun, Horovod use the same: Open MPI ")
+    assert rows["launcher"][0]["found"] == "disttrain run takes mpirun"
     assert rows["horovodrun"][0]["mend"] == "horovodrun --gloo, or mpirun"  # with Open MPI 5
-    assert {"GPUs", "srun", "cores", "memory", "shared memory", "file descriptors", "interfaces"} <= rows.keys()
+    assert {"GPUs", "srun", "cores", "memory", "shared memory", "open files", "interfaces"} <= rows.keys()
     assert "2 ranks: " in rows["all-reduce"][0]["found"]
 
 
@@ -414,6 +415,55 @@ def test_what_tensorflow_and_disttrain_ask_for():
     assert ">=2.21" in software.requirement("disttrain", "tensorflow")
     assert ">=" in software.requirement("tensorflow", "nvidia-nccl-cu12")
     assert software.requirement("disttrain", "nothing-of-the-kind") is None
+
+
+def _future(value):
+    future = Future()
+    future.set_result(value)
+    return future
+
+
+def _tensorflow(**changes):
+    found = {"version": "2.21.0", "cuda": "12.5.1", "gpus": 2, "driver_cuda": 12040}
+    found |= {"keras": {"version": "3.15.1", "backend": "tensorflow"}} | changes
+    return {finding.name: finding for finding in software.tensorflow(_future(found))}
+
+
+def test_gpus_with_a_driver_and_without_cuda_libraries():
+    rows = _tensorflow()
+    assert (rows["GPUs"].status, rows["GPUs"].found[0]) == ("ok", "2")
+    # CUDA of the same major version runs.
+    assert (rows["CUDA driver"].status, rows["CUDA driver"].found) == ("ok", "driver: up to 12.4; TensorFlow: 12.5.1")
+    for name in ("CUDA runtime", "cuDNN", "NCCL"):  # not installed where the tests run, on CPUs
+        assert rows[name].mend == "pip install 'disttrain[gpu]'" or rows[name].status == "ok"
+    assert all(can_run(rows.values(), backend) for backend in ALL)
+    assert _tensorflow(driver_cuda=11080)["CUDA driver"].mend == "install a driver for CUDA 12"
+    assert _tensorflow(cuda=None)["CUDA"].status == "warn"
+
+
+def test_versions_and_backends_that_do_not_fit():
+    row = _tensorflow(version="2.20.0")["TensorFlow"]
+    assert (row.status, row.needed_by) == ("bad", ALL)
+    assert row.mend == f"pip install 'tensorflow{software.requirement('disttrain', 'tensorflow')}'"
+    assert "which runs on jax" in _tensorflow(keras={"version": "3.15.1", "backend": "jax"})["Keras"].found
+    assert _tensorflow(keras={"version": "2.15.0", "backend": "tensorflow"})["Keras"].status == "bad"
+
+
+@pytest.mark.parametrize(
+    ("mpirun", "horovod", "cannot"),
+    [
+        ("Open MPI 5.0.11", "/a/libmpi.so.40", set()),
+        ("Open MPI 4.1.6", "/a/libmpi.so.40", {"mpi"}),
+        ("Open MPI 5.0.11", "/b/libmpi.so.40", {"horovod"}),
+        (None, None, set()),
+    ],
+)
+def test_more_than_one_mpi(mpirun, horovod, cannot):
+    mpi4py = {"version": "4.1.2", "implementation": "Open MPI v5.0.11", "thread_level": 3, "library": "/a/libmpi.so.40"}
+    findings = mpi.library(_future(mpi4py), _future(mpirun), _future({"library": horovod}))
+    assert {backend for backend in ALL if not can_run(findings, backend)} == cannot
+    without_threads = mpi.library(_future(mpi4py | {"thread_level": 1}), _future(None), _future({}))
+    assert not can_run(without_threads, "mpi")
 
 
 def test_few_file_descriptors():

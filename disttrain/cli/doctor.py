@@ -84,11 +84,11 @@ def table(findings: list[Finding]) -> Table:
 
 
 def _verdict(findings: list[Finding], able: dict[str, bool], taken: str) -> str:
-    said = ", ".join(f"{name} {'[green]yes[/]' if yes else '[red]no[/]'}" for name, yes in able.items())
+    yes, no = (", ".join(name for name in able if able[name] is can) for can in (True, False))
     missing = dict.fromkeys(f.name for f in findings if taken in f.needed_by and f.status in ("bad", "absent"))
     asked = (
         f"[bold]{taken} can run here[/]"
         if able[taken]
         else f"[bold red]{taken} cannot run here: {', '.join(missing)}[/]"
     )
-    return f"What can run here: {said}\n{asked}"
+    return f"What can run here: [green]{yes or 'nothing'}[/]. What cannot: [red]{no or 'nothing'}[/].\n{asked}"

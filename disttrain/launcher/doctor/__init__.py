@@ -38,7 +38,7 @@ def examine(hosts: list[Host], show: Callable[[str], None] = lambda line: None) 
                 "cores": partial(machine.cores, ranks),
                 "memory": partial(machine.memory, ranks),
                 "shared memory": machine.shared_memory,
-                "file descriptors": machine.descriptors,
+                "open files": machine.descriptors,
                 "ssh": lambda: ssh,
             }
         )

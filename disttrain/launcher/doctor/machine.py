@@ -71,8 +71,8 @@ def descriptors() -> list[Finding]:
             if hard == resource.RLIM_INFINITY or hard >= _DESCRIPTORS
             else ("raise nofile in /etc/security/limits.conf, or docker run --ulimit nofile=65536")
         )
-        return [Finding("file descriptors", "warn", said, mend)]
-    return [Finding("file descriptors", "ok", said)]
+        return [Finding("open files", "warn", said, mend)]
+    return [Finding("open files", "ok", said)]
 
 
 def memory_limit() -> int | None:

@@ -33,7 +33,7 @@ def library(mpi4py: Future[dict], mpirun: Future[str | None], horovod: Future[di
             return [Finding("mpi4py", "absent", "not installed", EXTRA, ("mpi",))]
         return [Finding("mpi4py", "bad", f"no MPI library can be loaded: {error}", EXTRA, ("mpi",))]
     level = found["thread_level"]
-    said = f"mpi4py {found['version']}, {found['implementation']}, MPI_THREAD_{_LEVELS[level]}"
+    said = f"{found['version']}, {found['implementation']}, MPI_THREAD_{_LEVELS[level]}"
     if level < _LEVELS.index("SERIALIZED"):
         mend = "use an MPI with MPI_THREAD_SERIALIZED, and leave mpi4py.rc.thread_level alone"
         return [Finding("mpi4py", "bad", said, mend, ("mpi",))]
@@ -47,7 +47,7 @@ def launchers(mpirun: Future[str | None]) -> list[Finding]:
     where = "srun" if _in_slurm() else "mpirun"
     taken = next((name for name in (where, "mpirun", "horovodrun") if name in names), None)
     if taken:
-        return [*rows, Finding("launcher", "ok", f"{taken}, of {', '.join(names)}", "", ("horovod", "mpi"))]
+        return [*rows, Finding("launcher", "ok", f"disttrain run takes {taken}", "", ("horovod", "mpi"))]
     return [*rows, Finding("launcher", "absent", "nothing here starts ranks", EXTRA, ("horovod", "mpi"))]
 
 
@@ -92,7 +92,7 @@ def _horovodrun(mpirun: Future[str | None]) -> Finding:
         return Finding("horovodrun", "absent", "not found; mpirun starts Horovod too")
     if re.match(r"Open MPI ([5-9]|\d\d)", _or_none(mpirun) or ""):
         mend = "horovodrun --gloo, or mpirun"
-        return Finding("horovodrun", "warn", f"{path}; its --mpi writes options that Open MPI 5 refuses", mend)
+        return Finding("horovodrun", "warn", "its --mpi writes options that Open MPI 5 refuses", mend)
     return Finding("horovodrun", "ok", path)
 
 
@@ -125,7 +125,7 @@ def _one_mpi(mpi4py: dict, mpirun: Future[str | None], horovod: Future[dict]) ->
         said = f"Horovod is linked with {linked}, mpi4py uses {mpi4py['library']}"
         rows.append(Finding(name, "bad", said, "disttrain build-horovod", ("horovod",)))
     same = ["mpi4py", *(["mpirun"] if launcher else []), *(["Horovod"] if linked else [])]
-    return rows or [Finding(name, "ok", f"{', '.join(same)}: {mpi4py['library'] or mine}")]
+    return rows or [Finding(name, "ok", f"{', '.join(same)} use the same: {mine}")]
 
 
 def _or_none(asked: Future):

@@ -115,6 +115,7 @@ def _keras(found: dict[str, str]) -> list[Finding]:
 
 
 def _gpus(seen: int, wanted_cuda: str | None, driver_cuda: int) -> list[Finding]:
+    broken = "nvidia-smi lists none"
     try:
         # One GPU a line: its name, the driver, its memory.
         cards = output(
