@@ -296,6 +296,15 @@ def test_another_version_on_a_host(tmp_path, monkeypatch):
     assert row.mend == "on there: pip install tensorflow==2.21.0"
 
 
+def test_an_answer_that_comes_late_is_not_taken_for_the_next():
+    with closing(Agent("localhost", local=True)) as agent:
+        port = agent.call("listen")
+        with pytest.raises(ProbeError, match=r"localhost did not answer within 0.1 s"):
+            agent.call("send", "localhost", port, 0.3, seconds=0.1)
+        assert agent.call("received") > 1e6
+        assert agent.call("clock") == pytest.approx(time.time(), abs=5)
+
+
 def test_a_host_that_ends_meanwhile():
     agent = Agent("localhost", local=True)
     agent._process.kill()

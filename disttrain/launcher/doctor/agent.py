@@ -53,6 +53,7 @@ class Agent:
         except OSError as error:
             raise ProbeError(f"ssh cannot be run: {error.strerror}", "apt-get install openssh-client") from None
         self._answers: queue.Queue[str | None] = queue.Queue()
+        self._calls = 0
         threading.Thread(target=self._read, daemon=True).start()
         try:
             self.call("clock", seconds=_START_SECONDS)
@@ -66,19 +67,19 @@ class Agent:
         Raises:
           ProbeError: it raised, or the host did not answer in time.
         """
+        self._calls += 1
         try:
-            self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
+            self._process.stdin.write(json.dumps([self._calls, name, *arguments]) + "\n")
             self._process.stdin.flush()
-            line = self._answers.get(timeout=seconds)
+            answer = self._answer(seconds)
         except BrokenPipeError:
-            line = None
+            answer = None
         except queue.Empty:
             raise ProbeError(
                 f"{self.host} did not answer within {seconds:g} s", f"is {self.host} up and not overloaded?"
             ) from None
-        if line is None:
+        if answer is None:
             raise self._why()
-        answer = json.loads(line)
         if "error" in answer:
             raise ProbeError(f"{self.host}: {answer['error']}")
         return answer["answer"]
@@ -105,6 +106,15 @@ class Agent:
         self._process.stdout.close()
         self._errors.close()
 
+    def _answer(self, seconds: float) -> dict | None:
+        """The answer to the last call; those to calls that were given up may still come before it."""
+        until = time.monotonic() + seconds
+        while line := self._answers.get(timeout=max(0.0, until - time.monotonic())):
+            answer = json.loads(line)
+            if answer["call"] == self._calls:
+                return answer
+        return None
+
     def _read(self) -> None:
         """Lines that are not answers are the greetings of somebody's shell."""
         for line in self._process.stdout:
@@ -113,7 +123,7 @@ class Agent:
         self._answers.put(None)
 
     def _why(self) -> ProbeError:
-        self._process.wait(1.0)
+        end(self._process)
         self._errors.seek(0)
         said = last_line(self._errors.read()) or f"the connection ended ({self._process.returncode})"
         mend = next((mend for words, mend in _MENDS.items() if words in said), "try it by hand: ssh {host} true")

@@ -60,10 +60,22 @@ def output(command: list[str], seconds: float, environment: Mapping[str, str] | 
     return out
 
 
+def answer(command: list[str], seconds: float, environment: Mapping[str, str] | None = None) -> Any:
+    """The JSON on the last line of what a command writes to stdout; what comes before is its libraries' talk.
+
+    Raises:
+      ProbeError: as `output`; or the last line is not JSON.
+    """
+    said = last_line(output(command, seconds, environment))
+    try:
+        return json.loads(said)
+    except ValueError:
+        raise ProbeError(f"{_name(command)} ended without an answer: {said or 'it said nothing'}") from None
+
+
 def facts(name: str, seconds: float) -> Any:
-    """The JSON that a script of `inside/` prints last, run by this Python in a process of its own."""
-    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    return json.loads(last_line(output(script(name), seconds, quiet)))
+    """What a script of `inside/` finds out, run by this Python in a process of its own."""
+    return answer(script(name), seconds, os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"})
 
 
 def script(name: str, *arguments: str) -> list[str]:
@@ -93,8 +105,8 @@ def end(process: subprocess.Popen) -> None:
 
 
 def last_line(text: str) -> str:
-    """The last line with something on it."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    """The last line with a word on it; mpirun puts what it says between rules."""
+    return next((line.strip() for line in reversed(text.splitlines()) if any(map(str.isalnum, line))), "")
 
 
 def _session(leader: int) -> list[int]:

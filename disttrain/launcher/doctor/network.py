@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from disttrain.launcher.doctor.agent import Agent
-from disttrain.launcher.doctor.command import ProbeError, last_line, output, script
+from disttrain.launcher.doctor.command import ProbeError, answer, script
 from disttrain.launcher.doctor.finding import PROCESSES, Finding
 from disttrain.launcher.doctor.inside import agent as here
 from disttrain.launcher.doctor.mpi import program, root_variables
@@ -147,45 +146,39 @@ def link(agents: Agents) -> tuple[float | None, list[Finding]]:
 
 def all_reduce(hosts: list[Host], rate: float | None) -> list[Finding]:
     """Times a small all-reduce under mpirun: one rank on each of several hosts, or two on one. No hosts: on this machine."""
-    name, ranks = "all-reduce", max(2, len(hosts))
-    mpirun = program("mpirun")
-    if not mpirun:
+    name, needed_by = "all-reduce", ("mpi",)
+    if not program("mpirun"):
         return [Finding(name, "absent", "not measured: there is no mpirun")]
-    share = 2 * (ranks - 1) / ranks
+    ranks = max(2, len(hosts))
+    share = 2 * (ranks - 1) / ranks  # of the bytes, what each rank sends around the ring
     size = int(min(_LARGEST, max(_SMALLEST, (rate or 0) * _RING_SECONDS / share))) if len(hosts) > 1 else _LARGEST
-    named = ",".join(f"{host.name}:{1 if len(hosts) > 1 else ranks}" for host in hosts)
-    where = ["--host", named] if hosts else ["--map-by", ":OVERSUBSCRIBE"]
-    command = [mpirun, "-np", str(ranks), *where, "--bind-to", "none", *_RING, *_YIELD, *script("allreduce", str(size))]
-    agent = shlex.join(ssh_agent())
-    variables = {"PRTE_MCA_plm_ssh_agent": agent, "OMPI_MCA_plm_rsh_agent": agent, **root_variables()}
     try:
-        found = json.loads(last_line(output(command, _ALLREDUCE_SECONDS, os.environ | variables)))
-    except (ProbeError, ValueError) as error:
-        return [
-            Finding(
-                name,
-                "bad",
-                f"{ranks} ranks under mpirun: {error}",
-                "see the rows above; then by hand: mpirun -np 2 hostname",
-                ("mpi",),
-            )
-        ]
+        found = _run_ranks(hosts, ranks, size)
+    except ProbeError as error:
+        mend = "see the rows above; then by hand: mpirun -np 2 hostname"
+        return [Finding(name, "bad", f"{ranks} ranks under mpirun: {error}", mend, needed_by)]
     if found["ranks"] != ranks or found["hosts"] < len(hosts):
-        said = (
-            f"{ranks} ranks on {max(1, len(hosts))} hosts were started, mpi4py saw {found['ranks']} on {found['hosts']}"
-        )
-        return [
-            Finding(name, "bad", said, "mpirun and mpi4py must be of the same MPI; host names must differ", ("mpi",))
-        ]
+        said = f"{ranks} ranks were started on {max(1, len(hosts))} hosts, and are {found['ranks']} on {found['hosts']}"
+        mend = "mpirun and mpi4py must be of one MPI, and the hosts' own names differ"
+        return [Finding(name, "bad", said, mend, needed_by)]
     latency, milliseconds = found["latency"] * 1e6, found["seconds"] * 1e3
     said = f"{ranks} ranks: {latency:.0f} µs for 4 bytes, {milliseconds:.0f} ms for {size / 2**20:.0f} MiB"
     if not rate:
-        return [Finding(name, "ok", said, "", ("mpi",))]
+        return [Finding(name, "ok", said, "", needed_by)]
     times = found["seconds"] / (share * size / rate)
     said += f", {times:.2f} times the ring bound"
     if times > _FAR_FROM_BOUND:
-        return [Finding(name, "warn", said, "is the network busy, or are there fewer cores than ranks?", ("mpi",))]
-    return [Finding(name, "ok", said, "", ("mpi",))]
+        return [Finding(name, "warn", said, "is the network busy, or are there fewer cores than ranks?", needed_by)]
+    return [Finding(name, "ok", said, "", needed_by)]
+
+
+def _run_ranks(hosts: list[Host], ranks: int, size: int) -> dict[str, float]:
+    each = 1 if len(hosts) > 1 else ranks
+    where = ["--host", ",".join(f"{host.name}:{each}" for host in hosts)] if hosts else ["--map-by", ":OVERSUBSCRIBE"]
+    command = [program("mpirun"), "-np", str(ranks), *where, "--bind-to", "none", *_RING, *_YIELD]
+    agent = shlex.join(ssh_agent())
+    variables = {"PRTE_MCA_plm_ssh_agent": agent, "OMPI_MCA_plm_rsh_agent": agent, **root_variables()}
+    return answer([*command, *script("allreduce", str(size))], _ALLREDUCE_SECONDS, os.environ | variables)
 
 
 def _interfaces() -> list[Finding]:
@@ -223,9 +216,9 @@ def _rate(rate: float) -> str:
 def _all(agents: Agents, name: str, *arguments: Any) -> dict[str, Any]:
     """What each agent answers. Raises for the first that does not."""
     found = dict(_each(list(agents), lambda host: agents[host].call(name, *arguments)))
-    for answer in found.values():
-        if isinstance(answer, ProbeError):
-            raise answer
+    for said in found.values():
+        if isinstance(said, ProbeError):
+            raise said
     return found
 
 

@@ -98,11 +98,14 @@ def main():
     """Answers until there are no more requests."""
     does = {f.__name__: f for f in (clock, versions, interfaces, routes, listen, send, received)}
     for request in sys.stdin:
-        name, *arguments = json.loads(request)
+        call, name, *arguments = json.loads(request)
         try:
-            answer = {"answer": does[name](*arguments)}
+            answer = {"call": call, "answer": does[name](*arguments)}
         except Exception as error:
-            answer = {"error": f"{name}: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}"}
+            answer = {
+                "call": call,
+                "error": f"{name}: {getattr(error, 'strerror', None) or str(error) or type(error).__name__}",
+            }
         sys.stdout.write(f"doctor {json.dumps(answer)}\n")
         sys.stdout.flush()
 
