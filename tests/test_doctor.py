@@ -211,6 +211,18 @@ def test_a_module_that_crashes_or_hangs_is_a_row(tmp_path, monkeypatch):
         _gone(int((tmp_path / "pid").read_text()))
 
 
+def test_ranks_that_cannot_be_started(tmp_path, monkeypatch):
+    fake = tmp_path / "mpi4py" / "__init__.py"
+    fake.parent.mkdir()
+    fake.write_text("raise ImportError('libmpi.so.40 is not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (row,) = network.all_reduce([], None)
+    assert row.status == "bad"
+    assert row.found.startswith("2 ranks under mpirun: mpirun ended with ")
+    assert row.found.endswith("ImportError: libmpi.so.40 is not here")
+    assert not can_run([row], "mpi")
+
+
 def test_a_probe_that_fails_hides_no_other():
     def broken():
         raise ZeroDivisionError("no")

@@ -7,6 +7,7 @@ import contextlib
 import importlib.resources
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def output(command: list[str], seconds: float, environment: Mapping[str, str] | 
         end(process)
     if process.returncode:
         raise ProbeError(
-            f"{_name(command)} {_how(process.returncode)}: {last_line(err) or last_line(out) or 'it said nothing'}"
+            f"{_name(command)} {_how(process.returncode)}: {_reason(err) or _reason(out) or 'it said nothing'}"
         )
     return out
 
@@ -122,6 +123,12 @@ def _session(leader: int) -> list[int]:
 
 def _name(command: list[str]) -> str:
     return "Python" if command[0] == sys.executable else Path(command[0]).name
+
+
+def _reason(said: str) -> str:
+    """Python's error where there is one: mpirun says more after it."""
+    errors = re.findall(r"^\w*(?:Error|Exception)\b.*", said, re.MULTILINE)
+    return errors[-1] if errors else last_line(said)
 
 
 def _how(code: int) -> str:

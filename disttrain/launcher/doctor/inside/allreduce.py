@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 
 def seconds(size, rounds):
-    """The median over rounds of the time that the slowest rank needs."""
+    """What the slowest rank needs, round by round."""
     buffer = np.ones(size // 4, np.float32)
     times = []
     for _ in range(rounds + 1):
@@ -18,12 +18,13 @@ def seconds(size, rounds):
         begun = time.perf_counter()
         world.Allreduce(MPI.IN_PLACE, buffer)
         times.append(world.allreduce(time.perf_counter() - begun, MPI.MAX))
-    return statistics.median(times[1:])  # the first one connects
+    return times[1:]  # the first one connects
 
 
 world = MPI.COMM_WORLD
 size = int(sys.argv[1])
-latency, whole = seconds(4, 50), seconds(size, 3)
+# Against a bound stands the quickest: what else the machine does is not the network's.
+latency, whole = statistics.median(seconds(4, 50)), min(seconds(size, 4))
 names = world.gather(MPI.Get_processor_name())
 if world.Get_rank() == 0:
     sys.stdout.write(
