@@ -487,6 +487,24 @@ def test_more_than_one_mpi(mpirun, horovod, cannot):
     assert not can_run(without_threads, "mpi")
 
 
+def test_which_launcher_is_taken(tmp_path, monkeypatch):
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\necho slurm 22.05.8\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def taken(named):
+        rows = {finding.name: finding for finding in mpi.launchers(_future("Open MPI 5.0.11"), named)}
+        assert rows["srun"].found.startswith(f"slurm 22.05.8: {srun}")
+        return rows["launcher"].found
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert taken(named=False) == "disttrain run takes mpirun"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert taken(named=False) == "disttrain run takes srun"
+    assert taken(named=True) == "disttrain run takes mpirun"
+
+
 def test_few_file_descriptors():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))

@@ -80,7 +80,7 @@ def ssh_agent() -> list[str]:
     """The ssh command without a host: $DISTTRAIN_SSH, or $PRTE_MCA_plm_ssh_agent, which is Open MPI's, or plain ssh.
 
     It never asks for a password, and gives up on a host that does not answer."""
-    named = os.environ.get("DISTTRAIN_SSH") or os.environ.get("PRTE_MCA_plm_ssh_agent") or "ssh"  # noqa: SIM112, Open MPI writes it so
+    named = os.environ.get("DISTTRAIN_SSH") or os.environ.get("PRTE_MCA_plm_ssh_agent") or "ssh"
     return [*shlex.split(named), "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
 
 

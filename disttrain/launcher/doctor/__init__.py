@@ -34,7 +34,7 @@ def examine(hosts: list[Host], show: Callable[[str], None] = lambda line: None) 
                 "TensorFlow": partial(software.tensorflow, tensorflow),
                 "Horovod": partial(software.horovod, horovod),
                 "mpi4py": partial(mpi.library, mpi4py, mpirun, horovod),
-                "launchers": partial(mpi.launchers, mpirun),
+                "launchers": partial(mpi.launchers, mpirun, bool(hosts)),
                 "cores": partial(machine.cores, ranks),
                 "memory": partial(machine.memory, ranks),
                 "shared memory": machine.shared_memory,

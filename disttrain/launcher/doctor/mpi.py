@@ -40,15 +40,18 @@ def library(mpi4py: Future[dict], mpirun: Future[str | None], horovod: Future[di
     return [Finding("mpi4py", "ok", said, "", ("mpi",)), *_one_mpi(found, mpirun, horovod)]
 
 
-def launchers(mpirun: Future[str | None]) -> list[Finding]:
-    """mpirun, horovodrun and srun, and which of them `disttrain run` takes."""
+def launchers(mpirun: Future[str | None], named: bool) -> list[Finding]:
+    """mpirun, horovodrun and srun, and which of them `disttrain run` takes; `named`: there are hosts of -H, not Slurm's."""
     rows = [_mpirun(mpirun), _horovodrun(mpirun), _srun()]
     names = [row.name for row in rows if row.status in ("ok", "warn")]
-    where = "srun" if _in_slurm() else "mpirun"
-    taken = next((name for name in (where, "mpirun", "horovodrun") if name in names), None)
+    order = ("mpirun", "horovodrun") if named or not _in_slurm() else ("srun", "mpirun", "horovodrun")
+    taken = next((name for name in order if name in names), None)
     if taken:
         return [*rows, Finding("launcher", "ok", f"disttrain run takes {taken}", "", ("horovod", "mpi"))]
-    return [*rows, Finding("launcher", "absent", "nothing here starts ranks", EXTRA, ("horovod", "mpi"))]
+    return [
+        *rows,
+        Finding("launcher", "absent", "nothing here starts ranks of horovod or mpi", EXTRA, ("horovod", "mpi")),
+    ]
 
 
 def mpirun_version() -> str | None:
