@@ -52,7 +52,8 @@ def horovod(asked: Future[dict]) -> list[Finding]:
     except ProbeError as error:
         if "No module named 'horovod'" in str(error):
             return [Finding("Horovod", "absent", "not installed", _BUILD, ("horovod",))]
-        mend = "pip install 'disttrain[mpi]'" if "libmpi" in str(error) else "disttrain build-horovod"
+        mends = {"libmpi": "pip install 'disttrain[mpi]'", "No module named 'tensorflow'": "install TensorFlow first"}
+        mend = next((mend for word, mend in mends.items() if word in str(error)), "disttrain build-horovod")
         return [Finding("Horovod", "bad", f"does not import: {error}", mend, ("horovod",))]
     features = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found["features"].items())
     said = f"{found['version']}: {features}"

@@ -1,7 +1,10 @@
 """Horovod as it imports here with this TensorFlow, and what it was built with."""
 
 import json
+import os
 import sys
+
+os.environ["KERAS_BACKEND"] = "tensorflow"  # another one is a row of its own
 
 import horovod
 import horovod.tensorflow as hvd
