@@ -11,6 +11,7 @@ from rich.console import Console
 import disttrain
 from disttrain.cli.bench import bench
 from disttrain.cli.build_horovod import build_horovod
+from disttrain.cli.doctor import doctor
 from disttrain.cli.run import run
 from disttrain.cli.train import train
 from disttrain.cli.why import why
@@ -29,6 +30,7 @@ cli.add_command(run)
 cli.add_command(why)
 cli.add_command(bench)
 cli.add_command(build_horovod)
+cli.add_command(doctor)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import socket
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from disttrain.errors import ConfigError
 
 # A name or an IPv4 address. It must not begin with a dash, which ssh and mpirun would take for an option.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+_LOOKUP_SECONDS = 3.0
 
 
 class Host(NamedTuple):
@@ -58,14 +61,17 @@ def read_hostfile(path: str | os.PathLike[str]) -> list[Host]:
 
 
 def is_local(name: str) -> bool:
-    """Whether this name is this machine's."""
+    """Whether this name is this machine's. A name that cannot be looked up within some seconds is not."""
     if name in ("localhost", socket.gethostname()):
         return True
     try:
-        address = socket.gethostbyname(name)
+        # In a process of its own, since Python cannot limit how long a resolver takes.
+        said = subprocess.run(
+            ["getent", "ahostsv4", name], capture_output=True, text=True, check=True, timeout=_LOOKUP_SECONDS
+        ).stdout
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))  # which the kernel allows for addresses of this machine alone
-    except OSError:
+            probe.bind((said.split()[0], 0))  # which the kernel allows for addresses of this machine alone
+    except (OSError, subprocess.SubprocessError):
         return False
     return True
 

@@ -1,0 +1,1 @@
+"""What the probes run in processes of their own, here and on other hosts. Sent as text: nothing of disttrain is imported."""
