@@ -11,6 +11,7 @@ from rich.console import Console
 import disttrain
 from disttrain.cli.bench import bench
 from disttrain.cli.build_horovod import build_horovod
+from disttrain.cli.k8s import k8s
 from disttrain.cli.train import train
 from disttrain.cli.why import why
 from disttrain.errors import DisttrainError
@@ -27,6 +28,7 @@ cli.add_command(train)
 cli.add_command(why)
 cli.add_command(bench)
 cli.add_command(build_horovod)
+cli.add_command(k8s)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Starting ranks: one machine, several hosts, Slurm, Kubernetes."""

@@ -1,0 +1,1 @@
+"""Kubernetes: manifests that run as they stand, and a lint for those that people change."""
