@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_KINDS = ["mpijob", "indexed-job", "trainjob", "jobset", "pvc"]
+from disttrain.launcher.kubernetes import KINDS
 
 
 @click.group(short_help="Kubernetes: render manifests, and look for faults in them.")
@@ -17,7 +17,7 @@ def k8s() -> None:
 
 
 @k8s.command(context_settings={"show_default": True})
-@click.option("--kind", type=click.Choice(_KINDS), required=True, help="See above.")
+@click.option("--kind", type=click.Choice(KINDS), required=True, help="See above.")
 @click.option("--name", default="disttrain", help="Of the job.")
 @click.option("--workers", type=int, default=2, help="Pods that train.")
 @click.option("--gpus", type=int, default=0, help="On each worker; a rank takes one.")

@@ -34,11 +34,13 @@ def lint_text(text: str, file: str = "<text>") -> list[Fault]:
         documents = load(text, file)
     except yaml.YAMLError as error:
         return [_not_yaml(error, file)]
-    shape = {id(document): list(_shape(document)) for document in documents}
+    faults = []
+    for document in documents:
+        shape = list(_shape(document))
+        document.sound = not shape
+        faults += shape
     # Rules go by the shape: of what is not right yet, they would only find consequences.
-    sound = [document for document in documents if not shape[id(document)]]
-    faults = [fault for found in shape.values() for fault in found]
-    faults += [fault for document in sound for fault in rules.check(document, sound)]
+    faults += [fault for document in documents if document.sound for fault in rules.check(document, documents)]
     return sorted(faults, key=lambda fault: fault.line)
 
 
@@ -64,7 +66,7 @@ def _shape(document: Document) -> Iterator[Fault]:
         fault = Place(document, path).fault("repeated-key", "the key is there twice", "keep one of the two")
         yield Fault(fault.file, line, *list(vars(fault).values())[2:])
     root = document.root
-    api, kind = root["apiVersion"].value, root["kind"].value
+    api, kind = str(root["apiVersion"].value), str(root["kind"].value)
     if (api, kind) not in KINDS:
         known = ", ".join(f"{k} ({a})" for a, k in KINDS)
         yield root["kind"].fault("kind", f"{kind} of {api} is not a kind that is checked here", f"those are {known}")

@@ -30,10 +30,9 @@ class Document:
 
     file: str
     value: Any = None
+    sound: bool = True  # whether it has the shape of its kind
     lines: dict[tuple, int] = field(default_factory=dict)
-    repeated: list[tuple[tuple, int]] = field(
-        default_factory=list
-    )  # keys that their mapping has already, and their lines
+    repeated: list[tuple[tuple, int]] = field(default_factory=list)  # paths that are there already, and their lines
 
     @property
     def root(self) -> Place:
@@ -45,7 +44,7 @@ class Document:
 
     @property
     def name(self) -> str:
-        return self.root["metadata"]["name"].value or ""
+        return str(self.root["metadata"]["name"].value or "")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 import jinja2
 
 from disttrain.errors import ConfigError
+from disttrain.launcher.kubernetes import KINDS
 from disttrain.launcher.kubernetes.words import TRAVELS
 
-KINDS = ("mpijob", "indexed-job", "trainjob", "jobset", "pvc")
 HOME = "/opt/disttrain/bin"  # where the image has its interpreter
 PORT = 2222  # of the image's sshd; of the first worker's gRPC server, too
 _MPI = ("mpijob", "trainjob")  # one launcher, ranks over ssh; the others have one rank in each pod
@@ -80,10 +80,10 @@ class Options:
         return self.memory or f"{(16 if self.gpus else 4) * self.ranks_per_worker}Gi"
 
     @property
-    def hosts(self) -> str:
-        """host:port of every rank, in their order, where each pod is a rank. `disttrain` reads this as DISTTRAIN_HOSTS."""
+    def hosts(self) -> list[str]:
+        """host:port of every rank, in their order, where each pod is a rank. `disttrain` reads these as DISTTRAIN_HOSTS."""
         between = "-workers-0" if self.kind == "jobset" else ""
-        return ",".join(f"{self.name}{between}-{rank}.{self.name}:{PORT}" for rank in range(self.workers))
+        return [f"{self.name}{between}-{rank}.{self.name}:{PORT}" for rank in range(self.workers)]
 
     @property
     def launcher(self) -> list[str]:

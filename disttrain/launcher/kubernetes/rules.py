@@ -18,7 +18,7 @@ _ANCESTOR = "trainer.kubeflow.org/trainjob-ancestor-step"
 
 
 def check(document: Document, others: list[Document]) -> Iterator[Fault]:
-    """The faults of a document that has the right shape. `others`: what stands in the same file."""
+    """The faults of a document that is sound. `others`: what stands in the same file."""
     root = document.root
     if document.kind == "MPIJob":
         yield from _mpijob(root)
@@ -96,8 +96,15 @@ def _job(root: Place, others: list[Document]) -> Iterator[Fault]:
         return
     if spec["completionMode"].value != "Indexed":
         yield _not_indexed(spec["completionMode"])
-    yield from _ranks_in_pods(spec, f"{name}-", pod["subdomain"].value)
-    yield from _service(pod["subdomain"], name, others)
+    service = next((o for o in others if (o.kind, o.name) == ("Service", pod["subdomain"].value)), None)
+    yield from _ranks_in_pods(spec, f"{name}-", service and service.name)
+    if service is None:
+        there = ", ".join(o.name for o in others if o.kind == "Service") or "none"
+        said = f"{pod['subdomain'].value!r} is not the name of a Service (here: {there}), so that pods have no names"
+        mend = "set it to the name of a headless Service in the same file"
+        yield pod["subdomain"].fault("subdomain", said, mend)
+    elif service.sound:
+        yield from _service(service.root["spec"], name)
 
 
 def _jobset(root: Place) -> Iterator[Fault]:
@@ -173,27 +180,16 @@ def _hosts(container: Place) -> Place | None:
     return next((item["value"] for item in container["env"] if item["name"].value == "DISTTRAIN_HOSTS"), None)
 
 
-def _service(subdomain: Place, job: str, others: list[Document]) -> Iterator[Fault]:
-    services = {other.name: other.root["spec"] for other in others if other.kind == "Service"}
-    if subdomain.value not in services:
-        there = ", ".join(services) or "none"
-        said = f"{subdomain.value!r} is not the name of a Service (here: {there}), so that pods have no names"
-        yield subdomain.fault(
-            "subdomain", said, f"set subdomain: {next(iter(services), 'NAME')}, and have a Service of that name"
-        )
-        return
-    service = services[subdomain.value]
+def _service(service: Place, job: str) -> Iterator[Fault]:
     if service["publishNotReadyAddresses"].value is not True:
         said = "pods get their names when they are ready, and ranks look for each other before"
         yield service["publishNotReadyAddresses"].fault(
             "not-ready-addresses", said, "set publishNotReadyAddresses: true"
         )
     if service["clusterIP"].value != "None":
-        yield service["clusterIP"].fault(
-            "headless", "one address for all pods, not a name for each", "set clusterIP: None"
-        )
-    names = {key: value for key, value in (service["selector"].value or {}).items() if key.endswith("job-name")}
-    if any(value != job for value in names.values()):
+        said = "one address for all pods, not a name for each"
+        yield service["clusterIP"].fault("headless", said, "set clusterIP: None")
+    if any(str(label.key).endswith("job-name") and label.value != job for label in service["selector"]):
         yield service["selector"].fault(
             "selector", f"the Service selects no pod of Job {job}", f"select job-name: {job}"
         )
@@ -266,10 +262,11 @@ def _trainjob(root: Place, others: list[Document]) -> Iterator[Fault]:
     nodes = trainer["numNodes"].value or policy["numNodes"].value or 1
     slots = trainer["numProcPerNode"].value or policy["mpi"]["numProcPerNode"].value or 1
     yield from _host_name(root, f"{root.document.name}-node-0-{nodes - 1}")
-    uneven = False
-    gpus = _count(trainer["resourcesPerNode"]) or (_gpus(_node_pod(runtime)) if runtime else 0)
-    if gpus and gpus != slots and trainer["numProcPerNode"].value is not None:
-        uneven = True
+    # What the runtime itself says of its nodes is looked at there.
+    own = trainer["numProcPerNode"].value not in (None, policy["mpi"]["numProcPerNode"].value)
+    gpus = _count(trainer["resourcesPerNode"]) or (_gpus(_node_pod(runtime)) if runtime and own else 0)
+    uneven = gpus not in (0, slots)
+    if uneven:
         said = f"{slots} ranks on each node with {gpus} GPUs"
         yield trainer["numProcPerNode"].fault("slots", said, f"set numProcPerNode: {gpus}; a rank takes one GPU")
     yield from _entry_point(trainer["command"])
@@ -280,7 +277,7 @@ def _trainjob(root: Place, others: list[Document]) -> Iterator[Fault]:
 
 def _runtime_of(reference: Place, others: list[Document]) -> Place | None:
     kinds = ("TrainingRuntime", "ClusterTrainingRuntime")
-    found = (other.root for other in others if other.kind in kinds and other.name == reference["name"].value)
+    found = (o.root for o in others if o.sound and o.kind in kinds and o.name == reference["name"].value)
     return next(found, None)
 
 
@@ -374,6 +371,7 @@ def _small(pod: Place) -> Iterator[Fault]:
 
 
 def _cores(quantity: int | float | str) -> float:
+    """Also GPUs. What is neither a number nor thousandths of one counts as none."""
     text = str(quantity)
     try:
         return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
@@ -414,7 +412,7 @@ def _is_gpu(item: Place) -> bool:
 
 
 def _count(resources: Place) -> int:
-    return sum(int(item.value) for item in resources["limits"] if _is_gpu(item))
+    return sum(int(_cores(item.value)) for item in resources["limits"] if _is_gpu(item))
 
 
 def _gpus(pod: Place) -> int:
