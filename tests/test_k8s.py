@@ -327,6 +327,21 @@ def test_an_ordinary_job_is_left_alone():
     assert lint_text(yaml.safe_dump(job | {"spec": {"template": {"spec": pod}}})) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("- a\n- b", "kind"),
+        ("kind: []\napiVersion: {}", "kind"),
+        ("kind: Deployment\napiVersion: apps/v1", "kind"),
+        ("a: &b [*b]", "yaml"),
+        ("? [a]\n: b", "yaml"),
+        ("a: 'b", "yaml"),
+    ],
+)
+def test_what_is_no_manifest_is_a_fault_and_no_traceback(text, rule):
+    assert [fault.rule for fault in lint_text(text)] == [rule]
+
+
 def test_lint_on_the_command_line(tmp_path):
     good, bad = MANIFESTS["mpijob.yaml"], tmp_path / "bad.yaml"
     bad.write_text(good.read_text().replace("    Worker:", "    worker:"))

@@ -103,7 +103,12 @@ def load(text: str, file: str) -> list[Document]:
     for node in yaml.compose_all(text, yaml.SafeLoader):
         if node is not None and node.tag != "tag:yaml.org,2002:null":
             documents.append(document := Document(file))
-            document.value = _build(node, (), document)
+            try:
+                document.value = _build(node, (), document)
+            except RecursionError:
+                raise yaml.MarkedYAMLError(
+                    problem="an anchor that holds itself", problem_mark=node.start_mark
+                ) from None
     return documents
 
 
@@ -115,6 +120,8 @@ def _build(node: yaml.Node, path: tuple, document: Document) -> Any:
         return _scalar(node)
     value: dict[Any, Any] = {}
     for key_node, item in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key that is not a word", problem_mark=key_node.start_mark)
         key, line = key_node.value, key_node.start_mark.line + 1
         if key in value:
             document.repeated.append(((*path, key), line))
