@@ -19,7 +19,7 @@ _INTERPRETER = re.compile(r"python[0-9.]*")
 # What the operator's sshd, the entry point and the container runtime read by themselves; ranks need none of it.
 _NOT_FOR_RANKS = re.compile(r"(DISTTRAIN_(WAIT|SSH|HOSTFILE)|OMPI_|PRTE_|PMIX_|NVIDIA_)\w*|PATH|HOME|USER")
 # What `disttrain run` hands to ranks without being told.
-TRAVELS = re.compile(r"(NCCL|TF|HOROVOD|KERAS|XLA|CUDA|OMP|DISTTRAIN|PYTHON)_?\w*")
+TRAVELS = re.compile(r"(NCCL_|TF_|HOROVOD_|KERAS_|XLA_|CUDA_|OMP_|DISTTRAIN_|PYTHON)\w*")
 
 
 @dataclass(frozen=True)
