@@ -324,7 +324,8 @@ def test_discovery_without_slots():
 def test_an_ordinary_job_is_left_alone():
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "prepare"}}
     pod = {"restartPolicy": "Never", "containers": [{"name": "main", "command": ["python", "prepare.py"]}]}
-    assert lint_text(yaml.safe_dump(job | {"spec": {"template": {"spec": pod}}})) == []
+    for spec in ({}, {"completionMode": "Indexed", "completions": 100, "parallelism": 10}):
+        assert lint_text(yaml.safe_dump(job | {"spec": spec | {"template": {"spec": pod}}})) == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ _SHELLS = ("sh", "bash")
 _MPIRUN = ("mpirun", "mpiexec", "prterun")
 _INTERPRETER = re.compile(r"python[0-9.]*")
 # What the operator's sshd, the entry point and the container runtime read by themselves; ranks need none of it.
-_NOT_FOR_RANKS = re.compile(r"(DISTTRAIN_(WAIT|SSH|HOSTFILE)|OMPI_|PRTE_|PMIX_|NVIDIA_)\w*|PATH|HOME|USER")
+NOT_FOR_RANKS = re.compile(r"(DISTTRAIN_(WAIT|SSH|HOSTFILE)|OMPI_|PRTE_|PMIX_|NVIDIA_)\w*|PATH|HOME|USER")
 # What `disttrain run` hands to ranks without being told.
 TRAVELS = re.compile(r"(NCCL_|TF_|HOROVOD_|KERAS_|XLA_|CUDA_|OMP_|DISTTRAIN_|PYTHON)\w*")
 
@@ -54,9 +54,9 @@ class Words:
     def is_bare_mpirun(self) -> bool:
         return self.program in _MPIRUN
 
-    @property
-    def number_of_ranks(self) -> tuple[int, Place] | None:
-        found = self.option(*_NUMBER)
+    def number(self, name: str) -> tuple[int, Place] | None:
+        """The value of an option that takes a number, such as -np, and where it stands."""
+        found = self.option(*(_NUMBER if name in _NUMBER else (name,)))
         return (int(found[0]), found[1]) if found and found[0].isdecimal() else None
 
     def has(self, *names: str) -> bool:
@@ -99,28 +99,3 @@ def _split(script: str) -> list[str]:
         return [word for word in shlex.split(script, comments=True) if word != "exec"]
     except ValueError:
         return script.split()
-
-
-def lost_variables(launcher: Place, worker: Place, words: Words) -> Iterator[Fault]:
-    """Variables that are set, and that no rank will see: on workers alone, or on the launcher without being handed on."""
-    on_launcher = {item["name"].value for item in launcher["env"]}
-    for item in worker["env"]:
-        name = item["name"].value
-        if name not in on_launcher and not _NOT_FOR_RANKS.fullmatch(name):
-            yield item.fault(
-                "worker-env",
-                f"{name} is set on the workers alone, and what sshd starts there does not see it",
-                "set it on the launcher, which hands it to the ranks",
-            )
-    yield from not_passed(launcher, words)
-
-
-def not_passed(launcher: Place, words: Words) -> Iterator[Fault]:
-    """The second half of `lost_variables`."""
-    if not words.is_bare_mpirun and words.program != "disttrain run":
-        return
-    for item in launcher["env"]:
-        name = item["name"].value
-        by_itself = words.program == "disttrain run" and TRAVELS.fullmatch(name)
-        if name not in words.passed() and not by_itself and not _NOT_FOR_RANKS.fullmatch(name):
-            yield item.fault("not-passed", f"{name} stays on the launcher", f"pass it to the ranks by -x {name}")
