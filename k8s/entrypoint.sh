@@ -28,6 +28,7 @@ wait_for_hosts() {
   while ((${#hosts[@]} - ${#missing[@]} < needed)); do
     ((SECONDS < seconds)) || give_up "$needed" "${missing[@]}"
     for index in "${!missing[@]}"; do
+      ((SECONDS < seconds)) || break
       if answers "${missing[index]}"; then unset "missing[index]"; fi
     done
     sleep 0.5
@@ -53,7 +54,7 @@ ranks() { grep -lszE "^(${DISTTRAIN_RANK_VARIABLES:-OMPI_COMM_WORLD_RANK|HOROVOD
 # The end of a pod is told to its first process only. Ranks hear of it here, and have until the grace period ends to save.
 stop() {
   stopping=1
-  ranks | xargs --no-run-if-empty kill -TERM || true
+  ranks | xargs --no-run-if-empty kill -TERM 2>/dev/null || true  # some may have ended by now
 }
 
 serve() {

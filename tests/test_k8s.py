@@ -52,9 +52,8 @@ def test_the_manifests_pass_the_lint(name):
 
 
 def test_what_render_writes_passes_the_lint_whatever_is_asked_for():
-    for kind, gpus, queue, volcano, namespace in itertools.product(
-        KINDS, (0, 1, 8), (None, "training"), (False, True), (None, "team")
-    ):
+    places = [(None, None, False), ("training", "team", False), ("training", None, True)]
+    for kind, gpus, (queue, namespace, volcano) in itertools.product(KINDS, (0, 1, 8), places):
         if (gpus == 8 and kind in ("indexed-job", "jobset")) or (volcano and kind not in ("mpijob", "trainjob")):
             continue
         env, command = (
