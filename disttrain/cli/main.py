@@ -12,6 +12,7 @@ import disttrain
 from disttrain.cli.bench import bench
 from disttrain.cli.build_horovod import build_horovod
 from disttrain.cli.doctor import doctor
+from disttrain.cli.k8s import k8s
 from disttrain.cli.run import run
 from disttrain.cli.train import train
 from disttrain.cli.why import why
@@ -31,6 +32,7 @@ cli.add_command(why)
 cli.add_command(bench)
 cli.add_command(build_horovod)
 cli.add_command(doctor)
+cli.add_command(k8s)
 
 
 def main() -> None:
