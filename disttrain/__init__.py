@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from disttrain import callbacks as callbacks
     from disttrain import losses as losses
+    from disttrain.checkpoint import Checkpointer as Checkpointer
     from disttrain.comm import Communicator as Communicator
     from disttrain.comm import init as init
     from disttrain.gradients import transforms as transforms
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # TensorFlow takes seconds to import; `disttrain --help` should not.
 _HOMES = {
+    "Checkpointer": "disttrain.checkpoint",
     "Communicator": "disttrain.comm",
     "DistributedOptimizer": "disttrain.keras",
     "DisttrainError": "disttrain.errors",

@@ -34,3 +34,14 @@ class NonFiniteError(DisttrainError, ArithmeticError):
 
 class DriftError(DisttrainError, RuntimeError):
     """Weights that are no longer the same on all ranks."""
+
+
+class Preempted(SystemExit):
+    """Training was asked to end and has saved. Not an error: it ends the process with exit code 75, to be started again."""
+
+    def __init__(self, said: str):
+        super().__init__(75)
+        self.said = said
+
+    def __str__(self):
+        return self.said

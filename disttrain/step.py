@@ -99,12 +99,13 @@ class TrainStep:
         if getattr(model, "built", True) and getattr(model, "variables", True):
             self._prepare()
 
-    def __call__(self, batch: Any) -> StepOutput:
+    def __call__(self, batch: Any, *, stop: bool = False) -> StepOutput:
         """Does one step.
 
         Args:
           batch: an element of `comm.distribute(dataset)`, or a plain nest of tensors: this worker's share of the batch.
             None where this worker has none left and takes part in the others' steps; see `join`.
+          stop: this worker was asked to end. All hear of it in the same step, as `StepOutput.stop`.
 
         Raises:
           DataError: tensors of the batch that differ in their number of examples.
@@ -118,9 +119,31 @@ class TrainStep:
         if not self._started:
             self._start(shares)
         with self.comm.waiting(self._waits_in):
-            return self._do(shares)
+            return self._do(shares, stop)
 
-    def _do(self, shares: list[Any] | None) -> StepOutput:
+    def start(self, batch: Any) -> None:
+        """What the first step does before it computes anything: builds the model, compares workers, makes them equal.
+
+        For those who want to restore a checkpoint into what it has built. Raises what the first step raises.
+        """
+        if not self._started:
+            self._start(None if batch is None else self.comm.local_shares(batch))
+
+    @property
+    def state(self) -> list[Variable]:
+        """All that a checkpoint must hold, once the step has started: weights, optimizer, statistics, seeds, transforms."""
+        return self._same_everywhere
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a step has found out by itself, and a training that goes on should not find out anew: JSON."""
+        return {"jit": self._jit.choice}
+
+    @settings.setter
+    def settings(self, settings: dict[str, Any]) -> None:
+        self._jit.choice = self._jit.choice or settings["jit"]
+
+    def _do(self, shares: list[Any] | None, stop: bool) -> StepOutput:
         """One step; done again where it turns out that it must be compiled in another way."""
         self._live = shares is not None
         mine = shares if self._live else self._empty_shares
@@ -128,16 +151,16 @@ class TrainStep:
         plan = self._jit.plan(shape)
         start = time.perf_counter()
         try:
-            report = self._program(plan)((mine, tf.constant([float(self._live)])))
+            report = self._program(plan)((mine, tf.constant([float(self._live), float(stop)])))
             applied = bool(report["applied"])
         except tf.errors.OpError as error:
             if not self._jit.give_up(plan, error):
                 raise
-            return self._do(shares)
+            return self._do(shares, stop)
         self._jit.record(plan, shape, time.perf_counter() - start)
         if not applied and any(report["unforeseen"].numpy()):
             self._forget_programs()
-            return self._do(shares)
+            return self._do(shares, stop)
         self._calls += 1
         if not applied and report["live"] > 0:
             self._explain(report)
@@ -152,6 +175,7 @@ class TrainStep:
             step=int(report["step"]),
             examples=report["examples"],
             live=int(report["live"]),
+            stop=bool(report["stop"]),
         )
 
     def join(self) -> int:
@@ -170,10 +194,10 @@ class TrainStep:
 
     def _step(self, inputs: tuple[list[Any], tf.Tensor], mode: str, fused: bool) -> dict[str, Any]:
         """The whole step, on all replicas of this worker."""
-        shares, live = inputs
+        shares, word = inputs
         local = self.comm.run(self._accumulate, (shares, mode))
         reached = self._reached(local)
-        gradients, statistics, report = self.comm.run(self._all_reduce, (local, live, reached))
+        gradients, statistics, report = self.comm.run(self._all_reduce, (local, word, reached))
         report = self.comm.local_values(report)[0]
         # The number of rows in IndexedSlices differs from batch to batch, and XLA would compile anew each time.
         fused = fused and not any(isinstance(g, tf.IndexedSlices) for g in gradients)
@@ -209,12 +233,12 @@ class TrainStep:
         self._moving = [self._state.statistics[i] for i in micro_batch.updated]
         return sums._replace(statistics=[sums.statistics[i] for i in micro_batch.updated])
 
-    def _all_reduce(self, local: Sums, live: tf.Tensor, reached: list[bool]) -> tuple[list, list, dict]:
+    def _all_reduce(self, local: Sums, word: tf.Tensor, reached: list[bool]) -> tuple[list, list, dict]:
         """Adds up all replicas and divides once: the gradient of the whole batch, the same bits everywhere."""
         variables, gradients = self._with_gradient(reached), list(itertools.compress(local.gradients, reached))
         kinds = itertools.compress(self._kinds, reached)
         gradients = [sparse.of_kind(*args) for args in zip(kinds, gradients, variables, strict=True)]
-        flags = self._flags(local, gradients, live)
+        flags = self._flags(local, gradients, word)
         if self.before_reduce:
             gradients = self._transform_own(gradients, variables, local.scalars)
 
@@ -271,15 +295,17 @@ class TrainStep:
         statistics = [divide(s, tf.cast(scalars["examples"], s.dtype)) if s.dtype.is_floating else s for s in shares]
         return Sums(reduced[count:], scalars, statistics), flags
 
-    def _flags(self, local: Sums, gradients: list, live: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _flags(self, local: Sums, gradients: list, word: tf.Tensor) -> dict[str, tf.Tensor]:
         """What this replica knows and the others do not, as numbers that can be added up.
 
-        "live": 1 if its worker brought a batch; "present" [variables]: 1 where the loss of that reaches the variable;
-        "broken" [size]: 1 at its own place if its gradients or its loss are not finite.
+        "live": 1 if its worker brought a batch; "stop": 1 if it was asked to end; "present" [variables]: 1 where the loss of
+        that reaches the variable; "broken" [size]: 1 at its own place if its gradients or its loss are not finite.
         """
-        replica, live = self.comm.replica_id(), tf.reshape(live, [])
+        replica, (live, stop) = self.comm.replica_id(), tf.unstack(word, 2)
+        speaks = float(replica == self.comm.rank)  # one replica for its worker
         flags = {
-            "live": live if replica == self.comm.rank else tf.constant(0.0),
+            "live": live * speaks,
+            "stop": stop * speaks,
             "present": live * tf.constant([float(g is not None) for g in local.gradients]),
             "broken": tf.zeros([self.comm.size]),
         }
@@ -310,6 +336,7 @@ class TrainStep:
             "broken_gradients": ~tf.math.is_finite(squares),
             "broken_replicas": flags["broken"] if self.comm.size > 1 else tf.stack([~finite]),
             "live": flags["live"],
+            "stop": flags["stop"] > 0,
             "unforeseen": unforeseen,
         }
 

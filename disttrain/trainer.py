@@ -1,20 +1,25 @@
-"""The loop around the step: epochs, progress, evaluation and a summary."""
+"""The loop around the step: epochs, progress, evaluation, checkpoints and a summary."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
 
-from disttrain.errors import ConfigError, DataError
+from disttrain.checkpoint import Checkpointer, Preemption, Saved
+from disttrain.errors import ConfigError, DataError, Preempted
 from disttrain.gradients.program import Program
 from disttrain.gradients.tape import count_examples
 from disttrain.observe.progress import Progress
 from disttrain.step import TrainStep
 from disttrain.types import Loss, StepOutput, as_loss
+
+log = logging.getLogger("disttrain")
 
 
 class Trainer:
@@ -23,10 +28,12 @@ class Trainer:
     Args:
       step: the step.
       progress: whether the chief shows a progress bar; nobody else ever does.
+      checkpoint: saves as often as it says, at the end, and when a signal asks the training to end (SIGTERM, SIGUSR1, Ctrl-C);
+        and `fit` goes on from what it finds there. Bit for bit on the same ranks, if `jit` is not "auto" or had chosen.
     """
 
-    def __init__(self, step: TrainStep, *, progress: bool = True):
-        self.step, self.comm = step, step.comm
+    def __init__(self, step: TrainStep, *, progress: bool = True, checkpoint: Checkpointer | None = None):
+        self.step, self.comm, self._checkpoint = step, step.comm, checkpoint
         self._shows_progress = progress and self.comm.is_chief
         self._evaluate = Program(self._sums_of_batch)
 
@@ -42,8 +49,10 @@ class Trainer:
         """Trains.
 
         Args:
-          dataset: global batches, a `tf.data.Dataset` or any iterable that can be gone through once for each epoch.
-            Should workers have more or fewer of them, those that are done take part with no examples until all are.
+          dataset: global batches: a `disttrain.data.Batches`, a `tf.data.Dataset`, or any iterable that can be gone through
+            once for each epoch. Should workers have more or fewer of them, those that are done take part with no examples
+            until all are. A training that goes on from a checkpoint passes over the batches of its epoch that it has seen; the
+            first of these types knows how it had shuffled that epoch.
           epochs: how often (default 1). One of `epochs` and `steps`, not both.
           steps: optimizer steps instead; the data set is gone through as often as that takes.
           validation: global batches for `evaluate`, after the last step.
@@ -55,19 +64,29 @@ class Trainer:
           mean over the last epoch, "loss" among them.
 
         Raises:
-          ConfigError: both epochs and steps are given, or one is not a whole number of 1 or more.
-          DataError: the data set is empty.
+          ConfigError: both epochs and steps are given, or one is not a whole number of 1 or more; or there is a checkpoint
+            that must not be gone on from.
+          DataError: the data set is empty, or the checkpoint is of another training.
+          Preempted: a signal asked the training to end, and its checkpoint is saved. On all ranks, after the same step; it ends
+            the process with exit code 75 unless it is caught.
         """
         if epochs is not None and steps is not None:
             raise ConfigError(f"epochs={epochs} and steps={steps}: give one of the two")
         for name, value in (("epochs", epochs), ("steps", steps)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: a whole number of 1 or more is wanted")
-        batches = self.comm.distribute(dataset)
-        run = _Run()
-        with Progress(title, self._total(batches, epochs, steps), enabled=self._shows_progress) as progress:
+        run, saved = _Run(), self._newest()
+        if saved:
+            self._go_on(saved, dataset, run)
+        with (
+            Progress(title, self._total(dataset, epochs, steps), run.steps, enabled=self._shows_progress) as progress,
+            Preemption() if self._checkpoint else contextlib.nullcontext(Preemption()) as preemption,
+        ):
             while run.epochs < (epochs or 1) if steps is None else run.steps < steps:
-                self._epoch(batches, run, progress, steps)
+                self._epoch(dataset, run, progress, steps, preemption)
+        if self._checkpoint and run.moved:
+            self._save(run)
+            self._checkpoint.wait()
         summary = run.summary()
         if validation is not None:
             summary["validation"] = self.evaluate(validation)
@@ -91,29 +110,73 @@ class Trainer:
             everyone.add(means.sums)
         return everyone.means()
 
-    def _epoch(self, batches: Iterable, run: _Run, progress: Progress, steps: int | None) -> None:
-        run.means = _Means()
+    def _epoch(
+        self, dataset: Iterable, run: _Run, progress: Progress, steps: int | None, preemption: Preemption
+    ) -> None:
+        batches = self.comm.distribute(_of_epoch(dataset, run.epochs, run.batches))
         lengths = self.comm.all_gather_object(_length(batches))
         if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
             batches = itertools.chain(batches, itertools.repeat(None))
-        seen = run.steps
         for batch in batches:
-            out = self.step(batch)
+            out = self.step(batch, stop=bool(preemption.requested))
             if out.live == 0:
                 break
             run.add(out)
             progress.advance(out, run.speed())
+            if out.stop:
+                self._end_early(run, preemption)
             if steps is not None and run.steps >= steps:
                 break
-        if run.steps == seen:
+            if self._checkpoint and self._checkpoint.due(run.steps):
+                self._save(run)
+        if run.batches == 0:
             raise DataError("the data set yields no batches")
-        run.epochs += 1
+        if steps is None or run.steps < steps:
+            run.next_epoch()
+
+    # Checkpoints -------------------------------------------------------------------------------------------------------
+
+    def _newest(self) -> Saved | None:
+        """What rank 0 finds is what all go on from."""
+        if self._checkpoint is None:
+            return None
+        return self.comm.all_gather_object(self._checkpoint.latest() if self.comm.is_chief else None)[0]
+
+    def _go_on(self, saved: Saved, dataset: Iterable, run: _Run) -> None:
+        run.restore(saved.state["run"])
+        # The variables exist once the step has started, for which it wants to see what a batch is like.
+        for batch in self.comm.distribute(_of_epoch(dataset, 0, 0)):
+            self.step.start(batch)
+            break
+        else:
+            self.step.start(None)
+        if self.comm.is_chief:
+            self._checkpoint.load(saved, self.step.state)
+        self.comm.broadcast(self.step.state)
+        self.step.settings = saved.state["step"]
+        if self.comm.is_chief:
+            log.info("going on from %s: step %d, epoch %d", saved.folder, run.steps, run.epochs)
+
+    def _save(self, run: _Run) -> None:
+        if self.comm.is_chief:
+            state = {"run": run.state(), "step": self.step.settings}
+            self._checkpoint.save(run.steps, self.step.state, state)
+
+    def _end_early(self, run: _Run, preemption: Preemption) -> None:
+        """All ranks come here after the same step, and none leaves before the checkpoint is on the disk."""
+        self._save(run)
+        self._checkpoint.wait()
+        self.comm.barrier()
+        said = f"asked to end ({preemption.requested or 'on another rank'}): saved after step {run.steps}"
+        if self.comm.is_chief:
+            log.warning("%s in %s; start again to go on", said, self._checkpoint.directory)
+        raise Preempted(said)
 
     @staticmethod
-    def _total(batches: Iterable, epochs: int | None, steps: int | None) -> int | None:
+    def _total(dataset: Iterable, epochs: int | None, steps: int | None) -> int | None:
         if steps is not None:
             return steps
-        length = _length(batches)
+        length = _length(dataset)
         return None if length is None else length * (epochs or 1)
 
     def _sums_of_batch(self, shares: list[Any]) -> list[dict[str, tuple[tf.Tensor, tf.Tensor]]]:
@@ -130,6 +193,14 @@ class Trainer:
         outline = sums.get_concrete_function(tf.nest.map_structure(tf.type_spec_from_value, share)).structured_outputs
         zeros = tf.nest.map_structure(lambda x: tf.zeros(x.shape), outline)
         return tf.cond(count_examples(share) > 0, lambda: sums(share), lambda: zeros)
+
+
+def _of_epoch(dataset: Iterable, epoch: int, seen: int) -> Iterable:
+    """The batches of an epoch but for the first `seen`."""
+    batches = dataset.epoch(epoch) if hasattr(dataset, "epoch") else dataset
+    if not seen:
+        return batches
+    return batches.skip(seen) if hasattr(batches, "skip") else itertools.islice(batches, seen, None)
 
 
 def _length(batches: Iterable) -> int | None:
@@ -162,17 +233,40 @@ class _Means:
 
 
 class _Run:
-    """What a call of `fit` has done so far."""
+    """What a call of `fit` has done so far, in earlier processes that it goes on from, too."""
 
     def __init__(self):
-        self.steps = self.skipped = self.epochs = 0
-        self.examples = 0.0
+        self.steps = self.skipped = self.epochs = self.batches = 0  # whole epochs, and batches of the one after them
+        self.examples, self.grad_norm = 0.0, 0.0
+        self.moved = False
         self.means = _Means()
-        self._start = time.perf_counter()
+        self._start, self._seconds_before = time.perf_counter(), 0.0
         self._after_first: tuple[float, float] | None = None
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: JSON."""
+        names = ("steps", "skipped", "epochs", "batches", "examples", "grad_norm")
+        # Copied: it is written while training goes on.
+        means = {name: list(pair) for name, pair in self.means.sums.items()}
+        return {name: getattr(self, name) for name in names} | {"means": means, "seconds": self._seconds()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned."""
+        for name, value in state.items():
+            if name not in ("means", "seconds"):
+                setattr(self, name, value)
+        self.means.sums, self._seconds_before = state["means"], state["seconds"]
+
+    def next_epoch(self) -> None:
+        self.epochs += 1
+        self.batches = 0
+
     def add(self, out: StepOutput) -> None:
+        if self.batches == 0:
+            self.means = _Means()
         self.steps += 1
+        self.batches += 1
+        self.moved = True
         self.skipped += not out.applied
         self.examples += float(out.examples)
         self._after_first = self._after_first or (time.perf_counter(), self.examples)
@@ -180,22 +274,27 @@ class _Run:
             weight = float(out.weight)
             named = {"loss": out.loss, **out.metrics}
             self.means.add({name: (float(x) * weight, weight) for name, x in named.items()})
-        self._last = out
+        self.grad_norm = float(out.grad_norm)
 
     def speed(self) -> float:
         """Examples per second; 0.0 until the second step is done."""
-        since, before = self._after_first or (0.0, 0.0)
+        if self._after_first is None:
+            return 0.0
+        since, before = self._after_first
         return (self.examples - before) / max(time.perf_counter() - since, 1e-9)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._start
 
     def summary(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
             "skipped": self.skipped,
-            "epochs": self.epochs,
+            "epochs": self.epochs + (self.batches > 0),
             "examples": int(self.examples),
-            "seconds": round(time.perf_counter() - self._start, 3),
+            "seconds": round(self._seconds(), 3),
             "examples_per_second": round(self.speed(), 1),
-            "grad_norm": float(self._last.grad_norm),
+            "grad_norm": self.grad_norm,
             # Empty where the last epoch applied no step: a run is not to be lost for want of an average.
             "train": self.means.means() if self.means else {},
         }

@@ -49,6 +49,7 @@ class StepOutput:
       step: optimizer steps done so far, this one included.
       examples: float32 scalar, the number of examples in the whole batch.
       live: number of workers that brought a batch; 0 where all had none left, and the step did nothing.
+      stop: whether any worker was asked to end; the same on all of them.
     """
 
     loss: tf.Tensor
@@ -59,6 +60,7 @@ class StepOutput:
     step: int
     examples: tf.Tensor
     live: int
+    stop: bool
 
 
 def as_loss(value: Any) -> Loss:

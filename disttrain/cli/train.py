@@ -50,6 +50,16 @@ def _common(command: Callable) -> Callable:
             show_default=True,
             help="Dtype policy of the model.",
         ),
+        click.option(
+            "--checkpoint-every", type=positive, help="Steps between checkpoints, in the folder of the results."
+        ),
+        click.option(
+            "--resume",
+            type=click.Choice(["auto", "never"]),
+            default="never",
+            show_default=True,
+            help="auto: go on from the newest checkpoint; save at the end and on SIGTERM, too, and end with 75 then.",
+        ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of weights, shuffling and dropout."),
         click.option(
             "--out",
@@ -108,9 +118,9 @@ def _run(name: str, options: dict[str, Any]) -> None:
     from disttrain.observe.summary import make_folder, write_summary
 
     console = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-    )
+    # In a file or under `disttrain run` a line is a line, however long.
+    handler = RichHandler(console=console, show_path=False) if console.is_terminal else logging.StreamHandler()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("disttrain").setLevel(logging.INFO)
     config = TrainConfig(**{**options, "clip_norm": options["clip_norm"] or None})
     folder = make_folder(config.out)

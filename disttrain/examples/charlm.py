@@ -32,7 +32,7 @@ def train(config: TrainConfig) -> tuple[keras.Model, dict[str, Any]]:
         accumulate=config.accumulate,
         after_reduce=config.transforms(),
     )
-    numbers = dt.Trainer(step).fit(
+    numbers = dt.Trainer(step, checkpoint=config.checkpointer()).fit(
         dataset,
         validation=batches(config, text.windows(held_out, _LENGTH, limit=_HELD_OUT_PIECES), shuffle=False),
         title="charlm",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 import disttrain as dt
 from disttrain.comm import Communicator
+from disttrain.data.batches import Batches
 from disttrain.errors import ConfigError
 
 
@@ -22,6 +22,8 @@ class TrainConfig:
       batch_size: global: examples of one optimizer step, over all replicas and micro-batches.
       clip_norm: limit of the global gradient norm; None does not clip.
       precision: a Keras dtype policy.
+      checkpoint_every: steps; None: checkpoints are written, if `resume` asks for them, at the end and on SIGTERM.
+      resume: "auto" goes on from the newest checkpoint, if there is one.
     """
 
     out: Path
@@ -35,6 +37,8 @@ class TrainConfig:
     clip_norm: float | None = 1.0
     precision: str = "float32"
     seed: int = 0
+    checkpoint_every: int | None = None
+    resume: str = "never"
     text: Path | None = None
 
     def __post_init__(self):
@@ -50,6 +54,13 @@ class TrainConfig:
     def total_steps(self, steps_per_epoch: int) -> int:
         """For learning-rate schedules, which count optimizer steps, however many micro-batches and replicas there are."""
         return self.steps or (self.epochs or 1) * steps_per_epoch
+
+    def checkpointer(self, part: str = "") -> dt.Checkpointer | None:
+        """In the folder `checkpoints` of the results; None where nobody has asked for checkpoints."""
+        if self.resume == "never" and self.checkpoint_every is None:
+            return None
+        folder = self.out / "checkpoints" / part
+        return dt.Checkpointer(folder, every_steps=self.checkpoint_every, resume=self.resume == "auto")
 
     def transforms(self) -> list[dt.transforms.Transform]:
         """For `after_reduce`."""
@@ -68,12 +79,9 @@ def start(config: TrainConfig) -> Communicator:
     return comm
 
 
-def batches(config: TrainConfig, examples: tuple, *, shuffle: bool = True) -> tf.data.Dataset:
+def batches(config: TrainConfig, examples: tuple, *, shuffle: bool = True) -> Batches:
     """Global batches of arrays; the last one may be smaller. Shuffled anew every epoch, the same way on every run."""
     count = len(examples[0])
     if config.batch_size > count and shuffle:
         raise ConfigError(f"--batch-size {config.batch_size} is more than the {count} examples there are")
-    dataset = tf.data.Dataset.from_tensor_slices(tuple(examples))
-    if shuffle:
-        dataset = dataset.shuffle(count, seed=config.seed)
-    return dataset.batch(config.batch_size)
+    return Batches(tuple(examples), config.batch_size, shuffle=shuffle, seed=config.seed)

@@ -50,5 +50,7 @@ def train(config: TrainConfig) -> tuple[keras.Model, dict[str, Any]]:
         after_reduce=config.transforms(),
     )
     validation = batches(config, held_out, shuffle=False)
-    numbers = dt.Trainer(step).fit(dataset, validation=validation, title="digits", **config.length())
+    numbers = dt.Trainer(step, checkpoint=config.checkpointer()).fit(
+        dataset, validation=validation, title="digits", **config.length()
+    )
     return model, {"backend": comm.name, "rank": comm.rank, "replicas": comm.size, **numbers}

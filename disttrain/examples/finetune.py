@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> tuple[keras.Model, dict[str, Any]]:
             variables=variables,
             after_reduce=config.transforms(),
         )
-        numbers[phase] = dt.Trainer(step).fit(
+        numbers[phase] = dt.Trainer(step, checkpoint=config.checkpointer(phase.replace(" ", "-"))).fit(
             batches(config, seen.only(kept)),
             validation=batches(config, held_out.only(kept), shuffle=False),
             title=phase,

@@ -25,10 +25,11 @@ class Progress:
     Args:
       title: shown before the bar.
       total: number of steps, None if unknown.
+      done: steps that were done before.
       enabled: False shows nothing.
     """
 
-    def __init__(self, title: str, total: int | None, *, enabled: bool = True):
+    def __init__(self, title: str, total: int | None, done: int = 0, *, enabled: bool = True):
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=8),
@@ -40,8 +41,8 @@ class Progress:
             disable=not enabled or PROGRESS_FD in os.environ,
         )
         self._title, self._total, self._enabled = title, total, enabled
-        self._task = self._bar.add_task(title, total=total, numbers="tracing")
-        self._shown, self._done = 0.0, 0
+        self._task = self._bar.add_task(title, total=total, completed=done, numbers="tracing")
+        self._shown, self._done, self._last = 0.0, done, None
 
     def advance(self, out: StepOutput, examples_per_second: float) -> None:
         """One more step is done."""
@@ -57,7 +58,7 @@ class Progress:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._done:
+        if self._last:
             self._show(*self._last)
         self._bar.stop()
 

@@ -1,0 +1,160 @@
+"""When checkpoints are written, how many are kept, and which is taken to go on from."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from disttrain.checkpoint import files
+from disttrain.errors import ConfigError, DataError
+from disttrain.types import Variable, name_of
+
+log = logging.getLogger("disttrain")
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was found whole.
+
+    Attributes:
+      folder: where it is.
+      state: what was saved beside the variables: JSON.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves a training, and finds what was saved.
+
+    A checkpoint is a folder `step-N` with the variables in TensorFlow's format, the position in the data and checksums. It is
+    written in the background, under a temporary name until it is whole. Where that fails (a full disk, say), training goes
+    on with a warning, and older checkpoints stay. One that was damaged is passed over with a warning, and the one before it
+    is taken.
+
+    Args:
+      directory: for the checkpoints; rank 0 alone writes and reads it.
+      every_steps, every_minutes: how often; both may be given. Neither: at the end and on request (SIGTERM) alone.
+      keep: so many are kept, the newest.
+      resume: whether a training that finds a checkpoint here goes on from it. False: it starts anew, and refuses to where
+        there is one already.
+
+    Raises:
+      ConfigError: a number that is out of range.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        keep: int = 3,
+        resume: bool = True,
+    ):
+        for name, value, least in (("every_steps", every_steps, 1), ("keep", keep, 1)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name}={value!r}: a whole number of {least} or more is wanted")
+        if every_minutes is not None and not every_minutes > 0:
+            raise ConfigError(f"every_minutes={every_minutes!r}: must be above zero")
+        self.directory, self.keep, self.resume = Path(directory), keep, resume
+        self._every_steps, self._every_seconds = every_steps, every_minutes and 60 * every_minutes
+        self._saved_at, self._writing = time.monotonic(), None
+
+    def due(self, step: int) -> bool:
+        """Whether it is time to save, after so many steps."""
+        by_steps = self._every_steps is not None and step % self._every_steps == 0
+        return by_steps or bool(self._every_seconds and time.monotonic() - self._saved_at > self._every_seconds)
+
+    def save(self, step: int, variables: Sequence[Variable], state: dict[str, Any]) -> None:
+        """Copies the values and returns; they are written meanwhile. `state` must be JSON."""
+        self.wait()
+        self._saved_at = time.monotonic()
+        values = {name: np.array(v.numpy()) for name, v in _named(variables).items()}
+        self._writing = threading.Thread(target=self._write, args=(step, values, state), name="disttrain-checkpoint")
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        if self._writing:
+            self._writing.join()
+            self._writing = None
+
+    def latest(self) -> Saved | None:
+        """The newest checkpoint that is whole; None where there is none.
+
+        Raises:
+          ConfigError: there is one, and `resume` is False.
+        """
+        self.wait()
+        for step, folder in reversed(self._folders()):
+            if not self.resume:
+                raise ConfigError(
+                    f"{folder} is there already, and this training is to start anew: go on from it (resume=True, --resume auto), "
+                    "or choose another folder"
+                )
+            try:
+                return Saved(folder, files.read_state(folder))
+            except DataError as error:
+                log.warning("the checkpoint of step %d is passed over: %s", step, error)
+        return None
+
+    def load(self, saved: Saved, variables: Sequence[Variable]) -> None:
+        """Gives the variables the values that were saved.
+
+        Raises:
+          DataError: the checkpoint is of another model or optimizer; what differs is named.
+        """
+        values, named = files.read_values(saved.folder), _named(variables)
+        said = [f"{name} is not in it" for name in named if name not in values]
+        said += [f"{name} is not in the model or its optimizer" for name in values if name not in named]
+        said += [
+            f"{name} has shape {tuple(values[name].shape)} in it and {tuple(v.shape)} here"
+            for name, v in named.items()
+            if name in values and tuple(values[name].shape) != tuple(v.shape)
+        ]
+        if said:
+            more = f", and {len(said) - 3} more" if len(said) > 3 else ""
+            raise DataError(
+                f"{saved.folder} is not of this training: {', '.join(said[:3])}{more}. Choose another folder, or build the same"
+            )
+        for name, variable in named.items():
+            variable.assign(values[name])
+
+    def _write(self, step: int, values: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        try:
+            files.write(self.directory / f"step-{step:09d}", values, state)
+        except OSError as error:
+            known = self._folders()
+            left = f"the last one is {known[-1][1]}" if known else "there is none yet"
+            said = error.strerror or error
+            log.warning("no checkpoint of step %d in %s (%s); training goes on, %s", step, self.directory, said, left)
+            return
+        for _, folder in self._folders()[: -self.keep]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[tuple[int, Path]]:
+        """Checkpoints by step, whole or damaged."""
+        found = self.directory.glob("step-*") if self.directory.is_dir() else ()
+        named = ((re.fullmatch(r"step-(\d+)", folder.name), folder) for folder in found)
+        return sorted((int(match[1]), folder) for match, folder in named if match)
+
+
+def _named(variables: Sequence[Variable]) -> dict[str, Variable]:
+    """By name; where several have one, by number, too."""
+    named: dict[str, Variable] = {}
+    for variable in variables:
+        name, count = name_of(variable), 1
+        while name in named:
+            count += 1
+            name = f"{name_of(variable)}#{count}"
+        named[name] = variable
+    return named
