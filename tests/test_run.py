@@ -1,6 +1,7 @@
 """`disttrain run` on this machine: what it starts, what it shows, and how it ends where something goes wrong."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -195,6 +196,85 @@ def test_it_starts_again_as_often_as_it_may(tmp_path):
     (tmp_path / "attempts-0").unlink()
     code, output, _ = run("-np", "2", "--launcher", "local", program=["fail_once", str(tmp_path)])
     assert code == 7, output
+
+
+def digits(folder, script, launcher):
+    words = ["--launcher", launcher, "--elastic", "--host-discovery-script", str(script), "--max-np", "2"]
+    train = ["disttrain", "train", "digits", "--resume", "auto", "--checkpoint-every", "1", "--out", str(folder)]
+    train += ["--steps", "24", "--batch-size", "400"]
+    return [sys.executable, "-m", "disttrain.cli", "run", *words, "--", *train]
+
+
+def test_an_elastic_job_goes_on_with_the_hosts_that_there_are(tmp_path):
+    """Two ranks, of which one is killed when its slot is gone; then one; then two again, and the end."""
+    hosts, script = tmp_path / "hosts", tmp_path / "discover.sh"
+    script.write_text(f"#!/bin/sh\ncat {hosts}\n")
+    script.chmod(0o755)
+    hosts.write_text("localhost:2\n")
+    environment = os.environ | {"MARK": "of-this-test", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with subprocess.Popen(
+        digits(tmp_path / "run", script, "mpirun"),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        newest = lambda: max((int(x.name[5:]) for x in tmp_path.glob("run/checkpoints/step-*")), default=0)  # noqa: E731
+
+        def wait_for_step(number):
+            until = time.monotonic() + 120
+            while newest() < number:
+                assert job.poll() is None, job.stdout.read()
+                assert time.monotonic() < until, newest()
+                time.sleep(0.02)
+
+        wait_for_step(1)
+        hosts.write_text("localhost:1\n")
+        victims = [p for p in trainings_alive() if rank_of(p) == "1"]
+        os.kill(max(victims), signal.SIGKILL)
+        lost = newest()
+        wait_for_step(lost + 1)
+        hosts.write_text("localhost:2\n")
+        output, _ = job.communicate(timeout=180)
+    assert job.returncode == 0, output
+    assert re.search(r"rank 1 on \S+ was killed by signal 9", output)
+    assert output.count("disttrain: starting again") in (1, 2), output
+    assert newest() == 24
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 24
+    # Each example of an epoch once, four batches in each, whoever has seen them.
+    assert summary["examples"] == 6 * 1437
+    assert summary["validation"]["accuracy"] > 0.5
+
+
+def trainings_alive():
+    """Processes that train, of this test alone, without their agents."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes()
+            mine = b"MARK=of-this-test" in (folder / "environ").read_bytes()
+            if mine and b"digits" in line and b"launcher.agent" not in line and b"--elastic" not in line:
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--elastic", "-np", "2"], "--elastic wants --host-discovery-script"),
+        (["--host-discovery-script", "x"], "--host-discovery-script goes with --elastic"),
+        (["--elastic", "--host-discovery-script", "nowhere.sh", "-np", "2"], "nowhere.sh cannot be run"),
+        (["--elastic", "--host-discovery-script", "x", "-np", "2", "--min-np", "3"], "--min-np 3 is more than --max-np 2"),
+        (["--elastic", "--host-discovery-script", "/bin/true", "-np", "2", "--start-timeout", "1"],
+         "there is room for 0 ranks (hosts: none), and --min-np is 1"),
+        (["--elastic", "--host-discovery-script", "/bin/false", "-np", "2"], "/bin/false ended with 1"),
+    ],
+)  # fmt: skip
+def test_an_elastic_job_that_cannot_start(words, message):
+    code, output, _ = run(*words, program=["hello"])
+    assert code != 0
+    assert message in output
 
 
 def test_a_launcher_that_does_not_start_all_ranks_is_quoted(monkeypatch):

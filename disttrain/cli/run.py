@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -15,8 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     from disttrain.launcher.command import Job
+    from disttrain.launcher.discovery import Elastic
     from disttrain.launcher.supervisor import Outcome
 
+# Failures that an elastic job survives even where the script still lists the host that was lost.
+_ELASTIC_RESTARTS = 10
 _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
 
 
@@ -40,7 +45,9 @@ _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_
 )
 @click.option("--interface", help="Network interface between hosts. Default: the one that leads to the first of them.")
 @click.option(
-    "--restarts", type=click.IntRange(min=0), default=0, show_default=True, help="Start again after a failure."
+    "--restarts",
+    type=click.IntRange(min=0),
+    help="Start again after a failure, so often. Default: 0; 10 with --elastic.",
 )
 @click.option(
     "--grace",
@@ -59,6 +66,18 @@ _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_
 @click.option(
     "--output", type=click.Choice(["all", "rank0"]), default="all", show_default=True, help="Whose output is shown."
 )
+@click.option("-x", "names", multiple=True, metavar="NAME", help="Another variable that ranks on other hosts get, too.")
+@click.option(
+    "--elastic", is_flag=True, help="Hosts come and go: with every change, on from the checkpoint with other ranks."
+)
+@click.option(
+    "--host-discovery-script", type=click.Path(dir_okay=False), help="Prints the hosts that there are, with --elastic."
+)
+@click.option(
+    "--slots-per-host", type=click.IntRange(min=1), default=1, help="Of hosts that the script names without slots."
+)
+@click.option("--min-np", type=click.IntRange(min=1), default=1, help="Ranks to go on with at least, with --elastic.")
+@click.option("--max-np", type=click.IntRange(min=1), help="Ranks at most, with --elastic. Default: -np.")
 @click.option("--dry-run", is_flag=True, help="Show the command line that would be run, and end.")
 @click.argument("program", nargs=-1, required=True)
 def run(
@@ -67,10 +86,16 @@ def run(
     hostfile: str | None,
     launcher: str,
     interface: str | None,
-    restarts: int,
+    restarts: int | None,
     grace: float,
     start_timeout: float,
     output: str,
+    names: tuple[str, ...],
+    elastic: bool,
+    host_discovery_script: str | None,
+    slots_per_host: int,
+    min_np: int,
+    max_np: int | None,
     dry_run: bool,
     program: tuple[str, ...],
 ) -> None:
@@ -79,24 +104,45 @@ def run(
     Ends with 0 only if every rank came to its end and rank 0 said so; else it names the rank and the host that failed first,
     and ends with that rank's exit code, or with 75 where a host was lost or the ranks have saved and can go on.
     """
-    from disttrain.launcher import preflight
     from disttrain.launcher.command import Job, choose_hosts, choose_launcher, commands, resolve
     from disttrain.launcher.hosts import parse_hosts
 
-    named = choose_hosts(parse_hosts(hosts) if hosts else None, hostfile)
+    elastic_job = _elastic(elastic, host_discovery_script, slots_per_host, min_np, max_np or ranks)
+    if elastic_job:
+        if hosts or hostfile:
+            raise click.UsageError(
+                "--elastic: the hosts are those of --host-discovery-script; leave out -H and --hostfile"
+            )
+        named = elastic_job.wait(start_timeout)
+        ranks = None
+    else:
+        named = choose_hosts(parse_hosts(hosts) if hosts else None, hostfile)
     launcher = choose_launcher(launcher, named)
-    job = Job(resolve(list(program)), ranks or _all_slots(launcher, named), named, launcher, interface)
+    job = Job(resolve(list(program)), ranks or _all_slots(launcher, named), named, launcher, interface, names)
     if dry_run:
         for command in commands(job, {}):
             click.echo(str(command))
         return
-    preflight.check(job)
-    sys.exit(_attempts(job, restarts, grace, start_timeout, all_ranks=output == "all"))
+    if restarts is None:
+        restarts = _ELASTIC_RESTARTS if elastic else 0
+    sys.exit(_attempts(job, elastic_job, restarts, grace, start_timeout, all_ranks=output == "all"))
+
+
+def _elastic(wanted: bool, script: str | None, slots: int, least: int, most: int | None) -> Elastic | None:
+    from disttrain.launcher.discovery import Elastic
+
+    if not wanted:
+        if script:
+            raise click.UsageError("--host-discovery-script goes with --elastic")
+        return None
+    if script is None or most is None:
+        raise click.UsageError("--elastic wants --host-discovery-script, and --max-np or -np")
+    if least > most:
+        raise click.UsageError(f"--min-np {least} is more than --max-np {most}")
+    return Elastic(os.path.abspath(script), slots, least, most)
 
 
 def _all_slots(launcher: str, hosts: list) -> int:
-    import os
-
     from disttrain.errors import ConfigError
 
     slots = sum(host.slots for host in hosts)
@@ -107,18 +153,35 @@ def _all_slots(launcher: str, hosts: list) -> int:
     return slots
 
 
-def _attempts(job: Job, restarts: int, grace: float, start_timeout: float, *, all_ranks: bool) -> int:
+def _attempts(
+    job: Job, elastic: Elastic | None, restarts: int, grace: float, start_timeout: float, *, all_ranks: bool
+) -> int:
+    from disttrain.launcher import preflight
+    from disttrain.launcher.discovery import Growth
     from disttrain.launcher.supervisor import attempt
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    for number in range(restarts + 1):
+    number, left = 0, restarts
+    while True:
+        if elastic:
+            job = _placed(job, elastic, start_timeout)
+        else:
+            preflight.check(job)
         start = time.monotonic()
-        with _Screen(console, job.ranks, all_ranks=all_ranks) as screen:
-            outcome = attempt(job, number, screen, start_seconds=start_timeout, grace_seconds=grace)
-        if outcome.code == 0 or outcome.interrupted or number == restarts:
+        resize = Growth(elastic, job.ranks) if elastic else contextlib.nullcontext(lambda: False)
+        with _Screen(console, job.ranks, all_ranks=all_ranks) as screen, resize as more:
+            times = {"start_seconds": start_timeout, "grace_seconds": grace}
+            outcome = attempt(job, number, screen, resize=more, **times)
+        if outcome.code == 0 or outcome.interrupted:
             break
+        # Where hosts have changed, that was why, and no fault of the program.
+        changed = elastic is not None and elastic.wait(start_timeout) != job.hosts
+        if not changed and left == 0:
+            break
+        left -= not changed
         _explain(console, outcome, shown=all_ranks)
-        console.print(f"[bold]disttrain: starting again, {number + 1} of {restarts}[/]")
+        console.print(f"[bold]disttrain: starting again[/]{'' if changed else f', {restarts - left} of {restarts}'}")
+        number += 1
     if outcome.code == 0:
         on = f"{len(outcome.hosts)} hosts" if len(outcome.hosts) > 1 else outcome.hosts[0]
         console.print(
@@ -127,6 +190,25 @@ def _attempts(job: Job, restarts: int, grace: float, start_timeout: float, *, al
     else:
         _explain(console, outcome, shown=all_ranks)
     return outcome.code
+
+
+def _placed(job: Job, elastic: Elastic, seconds: float) -> Job:
+    """The job on the hosts that there are; those that are listed and do not answer are waited for."""
+    from disttrain.errors import BackendError
+    from disttrain.launcher import preflight
+    from disttrain.launcher.discovery import ranks_on
+
+    until = time.monotonic() + seconds
+    while True:
+        hosts = elastic.wait(seconds)
+        job = job._replace(hosts=hosts, ranks=ranks_on(hosts))
+        try:
+            preflight.check(job)
+            return job
+        except BackendError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
 
 
 def _explain(console: Console, outcome: Outcome, *, shown: bool) -> None:

@@ -33,6 +33,7 @@ class Job(NamedTuple):
       hosts: where; empty where the launcher knows (this machine alone, or Slurm's allocation).
       launcher: one of `LAUNCHERS` but "auto".
       interface: name of the network interface between hosts; None: the one that leads to the first other host.
+      names: of variables that ranks on other hosts get besides those that are known to matter.
     """
 
     program: list[str]
@@ -40,6 +41,7 @@ class Job(NamedTuple):
     hosts: list[Host]
     launcher: str
     interface: str | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def others(self) -> list[Host]:
@@ -162,8 +164,8 @@ def _mpirun(job: Job, agent: list[str], environment: dict[str, str]) -> list[Com
         words += ["--host", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
     if job.others:
         words += ["--wdir", str(Path.cwd())]
-        travels = [name for name in {**os.environ, **environment, **settings} if name.startswith(_TRAVELS)]
-        words += [word for name in sorted(travels) for word in ("-x", name)]
+        travels = {name for name in {**os.environ, **environment, **settings} if name.startswith(_TRAVELS)}
+        words += [word for name in sorted(travels.union(job.names)) for word in ("-x", name)]
     return [Command([*words, *agent], environment | settings)]
 
 

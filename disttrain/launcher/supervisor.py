@@ -56,15 +56,24 @@ class Show(NamedTuple):
     progress: Callable[[int, str], None]
 
 
-def attempt(job: Job, number: int, show: Show, *, start_seconds: float, grace_seconds: float) -> Outcome:
+def attempt(
+    job: Job,
+    number: int,
+    show: Show,
+    *,
+    start_seconds: float,
+    grace_seconds: float,
+    resize: Callable[[], bool] = lambda: False,
+) -> Outcome:
     """Starts the job once and returns when nothing of it is left.
 
     Args:
       number: of the attempt, from 0; ranks find it as DISTTRAIN_ATTEMPT.
       start_seconds: within which all ranks must be there.
       grace_seconds: that ranks have to save and end after a signal to the launcher.
+      resize: asked again and again; where it says yes, ranks are to save and end, to be started again on other hosts.
     """
-    return _Supervisor(job, number, show, start_seconds, grace_seconds).run()
+    return _Supervisor(job, number, show, start_seconds, grace_seconds, resize).run()
 
 
 class _Rank:
@@ -90,8 +99,17 @@ class _Rank:
 
 
 class _Supervisor:
-    def __init__(self, job: Job, number: int, show: Show, start_seconds: float, grace_seconds: float):
+    def __init__(
+        self,
+        job: Job,
+        number: int,
+        show: Show,
+        start_seconds: float,
+        grace_seconds: float,
+        resize: Callable[[], bool],
+    ):
         self._job, self._number, self._show, self._grace = job, number, show, grace_seconds
+        self._resize, self._resized = resize, False
         self._ranks: dict[int, _Rank] = {}
         self._failure: tuple[int, str, _Rank | None] | None = None
         self._interrupted = 0
@@ -260,6 +278,9 @@ class _Supervisor:
             self._fail(
                 EXIT_RESUME, f"{self._job.launcher} has ended before {', '.join(missing)}: {self._launchers_words()}"
             )
+        if self._went and not self._failure and self._resize():
+            self._resized = True
+            self._ask_to_end(signal.SIGTERM, EXIT_RESUME, "there is room for more ranks")
         if self._failure and now > self._stop_at:
             self._stop_at = float("inf")
             self._stop(_KILL_SECONDS)
@@ -319,13 +340,18 @@ class _Supervisor:
             if number not in _INTERRUPTED:
                 continue
             self._interrupted += 1
-            grace = self._grace if self._interrupted == 1 and self._went else 0.0
             if self._interrupted == 1:
-                self._failure = self._failure or (128 + number, f"interrupted by {_name_of(number)}", None)
-                for rank in self._ranks.values():
-                    rank.send("signal", number=number)
-            self._stop_at = time.monotonic() + grace
-            self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
+                self._ask_to_end(number, 128 + number, f"interrupted by {_name_of(number)}")
+            else:
+                self._stop_at = time.monotonic()
+                self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
+
+    def _ask_to_end(self, number: int, code: int, reason: str) -> None:
+        self._failure = self._failure or (code, reason, None)
+        for rank in self._ranks.values():
+            rank.send("signal", number=number)
+        self._stop_at = time.monotonic() + (self._grace if self._went else 0.0)
+        self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
 
     def _is_over(self, processes: list[subprocess.Popen]) -> bool:
         if time.monotonic() > self._over_at:
@@ -362,7 +388,7 @@ class _Supervisor:
         hosts = sorted({rank.host for rank in self._ranks.values()})
         code, reason, rank = self._failure or (0, "", None)
         codes = [each.code for each in self._ranks.values()]
-        if self._interrupted and codes and set(codes) <= {0, EXIT_RESUME}:
+        if (self._interrupted or self._resized) and codes and set(codes) <= {0, EXIT_RESUME}:
             # All have saved, or were done anyway.
             code = max(codes)
             reason = f"{reason}; all ranks have saved and can go on from there" if code else ""
