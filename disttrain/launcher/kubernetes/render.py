@@ -111,7 +111,15 @@ class Options:
     @property
     def training(self) -> list[str]:
         """What each rank runs. The interpreter's path is absolute: a shell started by ssh has not the image's PATH."""
-        command = self.command or ("disttrain", "train", "digits", "--resume", "auto", "--out", f"/checkpoints/{self.name}")
+        command = self.command or (
+            "disttrain",
+            "train",
+            "digits",
+            "--resume",
+            "auto",
+            "--out",
+            f"/checkpoints/{self.name}",
+        )
         program = command[0]
         if re.fullmatch(r"disttrain|python3?", program):
             program = f"{HOME}/{program}"
