@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from disttrain import callbacks as callbacks
+    from disttrain import data as data
     from disttrain import losses as losses
     from disttrain.checkpoint import Checkpointer as Checkpointer
     from disttrain.comm import Communicator as Communicator
@@ -32,6 +33,7 @@ _HOMES = {
 }
 _MODULES = {
     "callbacks": "disttrain.callbacks",
+    "data": "disttrain.data",
     "losses": "disttrain.losses",
     "transforms": "disttrain.gradients.transforms",
 }
