@@ -94,7 +94,7 @@ class _Supervisor:
         self._job, self._number, self._show, self._grace = job, number, show, grace_seconds
         self._ranks: dict[int, _Rank] = {}
         self._failure: tuple[int, str, _Rank | None] | None = None
-        self._interrupted = 0
+        self._interrupted, self._signals_taken = False, 0
         self._start_until = time.monotonic() + start_seconds
         self._stop_at = self._over_at = float("inf")
         self._went = False
@@ -217,6 +217,9 @@ class _Supervisor:
                 self._take_output(rank, message["stream"], message["text"])
             elif message["kind"] == "exit":
                 self._take_exit(rank, message["code"])
+            elif message["kind"] == "signal" and self._job.launcher == "srun" and not self._failure:
+                # Slurm signals ranks before their time is over. (mpirun does where one has failed, which says less than that.)
+                self._wind_up(message["number"], " from Slurm", self._grace)
         if messages is None:
             self._selector.unregister(rank.line)
             if not rank.over:
@@ -318,14 +321,17 @@ class _Supervisor:
         for number in numbers:
             if number not in _INTERRUPTED:
                 continue
-            self._interrupted += 1
-            grace = self._grace if self._interrupted == 1 and self._went else 0.0
-            if self._interrupted == 1:
-                self._failure = self._failure or (128 + number, f"interrupted by {_name_of(number)}", None)
+            self._signals_taken += 1
+            if self._signals_taken == 1:
                 for rank in self._ranks.values():
                     rank.send("signal", number=number)
-            self._stop_at = time.monotonic() + grace
-            self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
+            self._wind_up(number, "", self._grace if self._signals_taken == 1 and self._went else 0.0)
+
+    def _wind_up(self, number: int, whence: str, grace: float) -> None:
+        self._interrupted = True
+        self._failure = self._failure or (128 + number, f"interrupted by {_name_of(number)}{whence}", None)
+        self._stop_at = time.monotonic() + grace
+        self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
 
     def _is_over(self, processes: list[subprocess.Popen]) -> bool:
         if time.monotonic() > self._over_at:
@@ -366,7 +372,7 @@ class _Supervisor:
             # All have saved, or were done anyway.
             code = max(codes)
             reason = f"{reason}; all ranks have saved and can go on from there" if code else ""
-        return Outcome(code, reason, list(rank.lines) if rank else [], self._interrupted > 0, hosts)
+        return Outcome(code, reason, list(rank.lines) if rank else [], self._interrupted, hosts)
 
 
 def _name_of(number: int) -> str:
