@@ -86,7 +86,9 @@ class _Agent:
             if self._line.silent():
                 self._launcher_is_gone()
                 _end_daemon()
-            if os.getppid() != self._parent:  # Slurm does not miss a lost slurmstepd, and its ranks would be out of reach
+            if (
+                os.getppid() != self._parent
+            ):  # Slurm does not miss a lost slurmstepd, and its ranks would be out of reach
                 self._launcher_is_gone()
             if self._code is not None and not self._streams and not told:
                 told, ended = True, now
