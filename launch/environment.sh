@@ -1,5 +1,7 @@
 # Sourced by the other scripts: makes the virtual environment .venv with pinned dependencies, once.
-# Usage: make_environment EXTRAS   (for example "" or "[test]"); sets $PYTHON to the interpreter in it.
+# Usage: make_environment EXTRAS         for example "" or "[test]"; sets $PYTHON to the interpreter in it
+#        use_environment EXTRAS          the environment that is active, if disttrain is in it; else .venv as above
+#        install_system_packages NAME…   Debian's packages, where that can be done; else says why not
 
 say() { printf '== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -33,4 +35,29 @@ make_environment() {
       || die "installing failed; the lines above say why"
     touch ".venv/installed-$stamp"
   fi
+}
+
+use_environment() {
+  command -v disttrain >/dev/null && return
+  make_environment "$1"
+  export PATH=$PWD/.venv/bin:$PATH
+}
+
+install_system_packages() {
+  local name missing=()
+  if ! command -v apt-get >/dev/null; then
+    say "there is no apt-get here: tests for which $* are missing will be skipped"
+    return
+  fi
+  for name in "$@"; do
+    dpkg -s "$name" >/dev/null 2>&1 || missing+=("$name")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  if [ "$(id -u)" != 0 ]; then
+    say "not root: ${missing[*]} cannot be installed, and tests that need them will be skipped"
+    return
+  fi
+  say "installing ${missing[*]}"
+  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}"; } >/dev/null \
+    || die "installing failed; the lines above say why"
 }

@@ -5,6 +5,8 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh
 
 make_environment "[test]"
+# Hosts that are network namespaces with an sshd each, and a Slurm on them.
+install_system_packages iproute2 openssh-server slurm-wlm munge libpmix-dev
 say "checking style"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

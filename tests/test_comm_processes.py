@@ -102,7 +102,7 @@ def tf_config(cluster, index=0, kind="worker"):
         ),
         (tf_config(TWO_WORKERS, kind="chief"), "jobs 'worker' and this task 'chief'; only 'worker' and 'chief' train"),
         (tf_config(TWO_WORKERS), "TensorFlow has already started: call dt.init before anything else uses TensorFlow"),
-        ("", "neither TF_CONFIG nor Slurm says who the workers are. Set in each process TF_CONFIG="),
+        ("", "neither TF_CONFIG nor a launcher says who the workers are. Set in each process TF_CONFIG="),
     ],
 )
 def test_tf_config_with_a_fault(monkeypatch, text, message):
@@ -119,13 +119,25 @@ def test_the_chief_of_tf_config_is_rank_0(monkeypatch):
     assert (found.workers, found.rank) == (["host0:1", "host1:1", "host2:1"], 2)
 
 
-def test_workers_of_slurm(monkeypatch):
+def workers_of_slurm(monkeypatch, **said):
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    said = {"STEP_NODELIST": "node[2,10],gpu", "STEP_TASKS_PER_NODE": "2(x2),1", "NODEID": "1", "LOCALID": "1"}
-    for name, value in said.items():
+    common = {"STEP_NODELIST": "node[2,10],gpu", "STEP_TASKS_PER_NODE": "2(x2),1", "NODEID": "1", "LOCALID": "1"}
+    for name, value in (common | said).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    found = described_cluster()
-    workers = ["node2:8888", "node2:8889", "node10:8888", "node10:8889", "gpu:8888"]
+    return described_cluster()
+
+
+def test_workers_of_slurm(monkeypatch):
+    found = workers_of_slurm(monkeypatch, JOB_ID="3", STEP_ID="0")
+    workers = ["node2:10384", "node2:10385", "node10:10386", "node10:10387", "gpu:10388"]
     assert (found.workers, found.rank) == (workers, 3)
     assert found.resolver.cluster_spec().as_dict() == {"worker": workers}
     assert (found.resolver.task_type, found.resolver.task_id) == ("worker", 3)
+
+
+def test_workers_of_other_jobs_and_steps_have_other_ports(monkeypatch):
+    steps = [("3", "0"), ("3", "1"), ("4", "0"), ("4", "1"), ("123456789", "0")]
+    jobs = [workers_of_slurm(monkeypatch, JOB_ID=job, STEP_ID=step).workers for job, step in steps]
+    ports = [int(address.rpartition(":")[2]) for workers in jobs for address in workers]
+    assert len(set(ports)) == 5 * len(steps)
+    assert 10000 <= min(ports) <= max(ports) < 32000

@@ -31,8 +31,9 @@ from disttrain.world import World, world
 
 # Types that TensorFlow gathers; others travel as one of these.
 _GATHERED = (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64)
-# Of the first task on each node; the others follow.
-_SLURM_PORT = 8888
+# Of rank 0 under Slurm; the other ranks follow. Each job takes others in this range, which ends below the kernel's own ports.
+_SLURM_PORTS = range(10000, 30000)
+_SLURM_PORTS_APART = 128
 # One look at the store. Short, since Python stands still meanwhile, the watchdog's thread included.
 _POLL_MS = 500
 
@@ -211,7 +212,11 @@ def _from_slurm() -> _Cluster:
     # TensorFlow's own resolver wants a GPU for every task, and sorts hosts by the alphabet, which Slurm does not.
     hosts = slurm_cluster_resolver.expand_hostlist(os.environ["SLURM_STEP_NODELIST"])
     tasks = slurm_cluster_resolver.expand_tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
-    workers = [f"{host}:{_SLURM_PORT + i}" for host, count in zip(hosts, tasks, strict=True) for i in range(count)]
+    places = [host for host, count in zip(hosts, tasks, strict=True) for _ in range(count)]
+    # Other jobs, and other steps of this one, may be on the same nodes, and several nodes on one machine.
+    step = int(os.environ["SLURM_JOB_ID"]) + 1009 * int(os.environ["SLURM_STEP_ID"])
+    first = _SLURM_PORTS[step * _SLURM_PORTS_APART % len(_SLURM_PORTS)]
+    workers = [f"{host}:{first + rank}" for rank, host in enumerate(places)]
     rank = sum(tasks[: int(os.environ["SLURM_NODEID"])]) + int(os.environ["SLURM_LOCALID"])
     return _resolved(workers, rank)
 

@@ -60,6 +60,7 @@ class _Agent:
 
     def __init__(self, line: Line, program: list[str]):
         self._line, self._command = line, program
+        self._parent = os.getppid()
         self._program: subprocess.Popen | None = None
         self._code: int | None = None
         self._let_go, self._kill_at = False, float("inf")
@@ -85,6 +86,10 @@ class _Agent:
             if self._line.silent():
                 self._launcher_is_gone()
                 _end_daemon()
+            if (
+                os.getppid() != self._parent
+            ):  # Slurm does not miss a lost slurmstepd, and its ranks would be out of reach
+                self._launcher_is_gone()
             if self._code is not None and not self._streams and not told:
                 told, ended = True, now
                 self._say(lambda: self._line.send("exit", code=self._code))
@@ -176,6 +181,7 @@ class _Agent:
         """A signal that came to this process (from Slurm, from mpirun) is meant for the program."""
         for number in os.read(self._signals, 64):
             if number in _FORWARDED:
+                self._say(lambda number=number: self._line.send("signal", number=number))
                 self._signal_program(number)
                 if self._program is None:
                     self._code, self._let_go = -number, True

@@ -112,7 +112,7 @@ class _Supervisor:
         self._resize, self._resized = resize, False
         self._ranks: dict[int, _Rank] = {}
         self._failure: tuple[int, str, _Rank | None] | None = None
-        self._interrupted = 0
+        self._interrupted, self._signals_taken = False, 0
         self._start_until = time.monotonic() + start_seconds
         self._stop_at = self._over_at = float("inf")
         self._went = False
@@ -235,6 +235,11 @@ class _Supervisor:
                 self._take_output(rank, message["stream"], message["text"])
             elif message["kind"] == "exit":
                 self._take_exit(rank, message["code"])
+            elif message["kind"] == "signal" and self._job.launcher == "srun" and not self._failure:
+                # Slurm signals ranks before their time is over. (mpirun does where one has failed, which says less than that.)
+                self._interrupted = True
+                number = message["number"]
+                self._wind_up(128 + number, f"interrupted by {_name_of(number)} from Slurm", self._grace)
         if messages is None:
             self._selector.unregister(rank.line)
             if not rank.over:
@@ -280,7 +285,8 @@ class _Supervisor:
             )
         if self._went and not self._failure and self._resize():
             self._resized = True
-            self._ask_to_end(signal.SIGTERM, EXIT_RESUME, "there is room for more ranks")
+            self._tell_all(signal.SIGTERM)
+            self._wind_up(EXIT_RESUME, "there is room for more ranks", self._grace)
         if self._failure and now > self._stop_at:
             self._stop_at = float("inf")
             self._stop(_KILL_SECONDS)
@@ -339,18 +345,21 @@ class _Supervisor:
         for number in numbers:
             if number not in _INTERRUPTED:
                 continue
-            self._interrupted += 1
-            if self._interrupted == 1:
-                self._ask_to_end(number, 128 + number, f"interrupted by {_name_of(number)}")
-            else:
-                self._stop_at = time.monotonic()
-                self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
+            self._signals_taken += 1
+            self._interrupted = True
+            if self._signals_taken == 1:
+                self._tell_all(number)
+            grace = self._grace if self._signals_taken == 1 and self._went else 0.0
+            self._wind_up(128 + number, f"interrupted by {_name_of(number)}", grace)
 
-    def _ask_to_end(self, number: int, code: int, reason: str) -> None:
-        self._failure = self._failure or (code, reason, None)
+    def _tell_all(self, number: int) -> None:
         for rank in self._ranks.values():
             rank.send("signal", number=number)
-        self._stop_at = time.monotonic() + (self._grace if self._went else 0.0)
+
+    def _wind_up(self, code: int, reason: str, grace: float) -> None:
+        """Ranks have been asked to save and end, and are given time."""
+        self._failure = self._failure or (code, reason, None)
+        self._stop_at = time.monotonic() + grace
         self._over_at = self._stop_at + _KILL_SECONDS + _LEAVING_SECONDS
 
     def _is_over(self, processes: list[subprocess.Popen]) -> bool:
@@ -392,7 +401,7 @@ class _Supervisor:
             # All have saved, or were done anyway.
             code = max(codes)
             reason = f"{reason}; all ranks have saved and can go on from there" if code else ""
-        return Outcome(code, reason, list(rank.lines) if rank else [], self._interrupted > 0, hosts)
+        return Outcome(code, reason, list(rank.lines) if rank else [], self._interrupted, hosts)
 
 
 def _name_of(number: int) -> str:

@@ -47,6 +47,31 @@ def save_on_term():
     time.sleep(300)
 
 
+def count(folder):
+    """As a training that saves on SIGTERM, and goes on from there when it starts again, until FOLDER/enough is there."""
+    state = Path(folder) / f"state-{me.rank}"
+    step = int(state.read_text()) if state.exists() else 0
+    print(f"rank {me.rank} of {me.size} on {socket.gethostname()} begins at step {step}")
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    while not Path(folder, "enough").exists():
+        time.sleep(0.1)
+        step += 1
+        if told:
+            state.write_text(str(step))
+            print(f"rank {me.rank} has saved step {step}")
+            sys.exit(75)
+    print(f"rank {me.rank} has done {step} steps")
+
+
+def fail_on(host, code):
+    """The rank on that host fails; the others would go on for long."""
+    if socket.gethostname() == host:
+        print(f"a mistake on {host}")
+        sys.exit(int(code))
+    time.sleep(300)
+
+
 def deaf():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -66,6 +91,16 @@ def fail_once(folder):
 def other_version():
     """Never comes to run: the hosts differ."""
     sys.exit("should not have been started")
+
+
+def who():
+    """Each rank says who is there, as its engine has it from the others."""
+    import disttrain as dt
+
+    comm = dt.init()
+    found = comm.all_gather_object((comm.rank, comm.size, comm.local_rank, socket.gethostname()))
+    print(f"{comm.name} {me.launcher} {found}")
+    comm.close()
 
 
 def ring(engine):
