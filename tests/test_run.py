@@ -20,6 +20,8 @@ from disttrain.world import World, world
 PROGRAMS = str(Path(__file__).parent / "ranks" / "programs.py")
 LAUNCHERS = ["mpirun", "horovodrun", "local"]
 BIN = Path(sys.executable).parent
+# By which this process of pytest finds what its tests have started.
+MARK = f"of-test-process-{os.getpid()}"
 
 
 def command(*options, program):
@@ -28,7 +30,7 @@ def command(*options, program):
 
 def start(*options, program):
     # As from a shell in which nothing is activated: what belongs to this Python is found beside it.
-    environment = os.environ | {"PATH": os.environ["PATH"].replace(f"{BIN}{os.pathsep}", ""), "MARK": "of-this-test"}
+    environment = os.environ | {"PATH": os.environ["PATH"].replace(f"{BIN}{os.pathsep}", ""), "MARK": MARK}
     return subprocess.Popen(
         command(*options, program=program),
         env=environment,
@@ -64,7 +66,7 @@ def programs_alive():
         with contextlib.suppress(OSError):
             line = (folder / "cmdline").read_bytes()
             running = (folder / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-            mine = b"MARK=of-this-test" in (folder / "environ").read_bytes()
+            mine = f"MARK={MARK}".encode() in (folder / "environ").read_bytes()
             if running and mine and PROGRAMS.encode() in line and b"disttrain.cli" not in line:
                 found.append(int(folder.name))
     return found
@@ -211,7 +213,7 @@ def test_an_elastic_job_goes_on_with_the_hosts_that_there_are(tmp_path):
     script.write_text(f"#!/bin/sh\ncat {hosts}\n")
     script.chmod(0o755)
     hosts.write_text("localhost:2\n")
-    environment = os.environ | {"MARK": "of-this-test", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = os.environ | {"MARK": MARK, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
     with subprocess.Popen(
         digits(tmp_path / "run", script, "mpirun"),
         env=environment,
@@ -253,7 +255,7 @@ def trainings_alive():
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             line = (folder / "cmdline").read_bytes()
-            mine = b"MARK=of-this-test" in (folder / "environ").read_bytes()
+            mine = f"MARK={MARK}".encode() in (folder / "environ").read_bytes()
             if mine and b"digits" in line and b"launcher.agent" not in line and b"--elastic" not in line:
                 found.append(int(folder.name))
     return found
