@@ -71,13 +71,25 @@ def test_near_the_end_of_its_time_a_job_saves_is_requeued_and_goes_on_from_there
     assert slurm.left() == {}
 
 
-def test_digits_train_over_two_nodes(slurm, output, tmp_path):
-    program = ["disttrain", "train", "digits", "--steps", "3", "--out", str(tmp_path)]
-    ended = slurm.wait_for_state(submit(slurm, output, SCRIPT, *program), "COMPLETED", "FAILED", seconds=150)
-    assert ended["JobState"] == "COMPLETED", output.read_text()
-    assert "disttrain: 2 ranks on 2 hosts came to their end" in output.read_text()
+def test_digits_over_two_nodes_save_on_sigterm_are_requeued_and_come_to_their_end(slurm, output, tmp_path):
+    """By `scancel --signal`, which reaches the ranks as the signal near the end of the time does."""
+    program = ["disttrain", "train", "digits", "--resume", "auto", "--checkpoint-every", "1", "--out", str(tmp_path)]
+    job = submit(slurm, output, SCRIPT, *program, "--steps", "100", "--batch-size", "1000")
+    until = time.monotonic() + 150
+    while not list(tmp_path.glob("checkpoints/step-*")):
+        assert time.monotonic() < until, output.exists() and output.read_text()
+        time.sleep(0.05)
+    slurm.do("scancel", "--signal=TERM", str(job))
+    ended = slurm.wait_for_state(job, "COMPLETED", "FAILED", seconds=200)
+    said = output.read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said
+    saved = int(re.search(r"asked to end \(SIGTERM\): saved after step (\d+) in", said)[1])
+    assert 0 < saved < 100
+    assert f"step-{saved:09d}: step {saved}," in said
+    assert "disttrain: 2 ranks on 2 hosts came to their end" in said
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["replicas"], summary["backend"], summary["steps"]) == (2, "horovod", 3)
+    assert (summary["replicas"], summary["backend"], summary["steps"]) == (2, "horovod", 100)
+    assert slurm.left() == {}
 
 
 def test_a_rank_that_fails_fails_the_job_with_its_code(slurm, output):
