@@ -216,11 +216,11 @@ def _commands(engine: str, ranks: int, command: list[str]) -> list[tuple[list[st
 
 def tf_configs(ranks: int) -> list[dict]:
     """A TF_CONFIG for each of the workers, on free ports of this machine."""
-    workers = [f"127.0.0.1:{port}" for port in _free_ports(ranks)]
+    workers = [f"127.0.0.1:{port}" for port in free_ports(ranks)]
     return [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}} for i in range(ranks)]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Below the range from which the kernel takes ports for whoever connects, or it might give them away meanwhile."""
     with contextlib.ExitStack() as held:
         ports: list[int] = []

@@ -112,6 +112,21 @@ def test_tf_config_with_a_fault(monkeypatch, text, message):
         dt.init("multiworker")
 
 
+@pytest.mark.parametrize(
+    ("hosts", "message"),
+    [
+        ("a:1,b:1,c:1", "DISTTRAIN_HOSTS names 3 workers, but torchrun started 2"),
+        ("a:1,b", "DISTTRAIN_HOSTS: 'b' is not host:port"),
+    ],
+)
+def test_a_list_of_hosts_with_a_fault(monkeypatch, hosts, message):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "DISTTRAIN_HOSTS": hosts}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BackendError, match=message):
+        described_cluster()
+
+
 def test_the_chief_of_tf_config_is_rank_0(monkeypatch):
     cluster = {"worker": ["host1:1", "host2:1"], "chief": ["host0:1"]}
     monkeypatch.setenv("TF_CONFIG", tf_config(cluster, 1))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from disttrain.errors import BackendError, ConfigError
 from disttrain.launcher.command import Job, choose_hosts, choose_launcher, commands, resolve
 from disttrain.launcher.hosts import Host
 from disttrain.world import World, world
+from launch import free_ports
 
 PROGRAMS = str(Path(__file__).parent / "ranks" / "programs.py")
 LAUNCHERS = ["mpirun", "horovodrun", "local"]
@@ -428,6 +430,34 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}
 )
 def test_a_process_finds_out_who_it_is(environment, launcher, local_rank, collectives):
     assert world(environment) == World(launcher, 3, 4, local_rank, collectives)
+
+
+@pytest.mark.parametrize("by", ["an Indexed Job", "torchrun"])
+def test_workers_that_are_told_in_other_words_find_each_other(by):
+    """As a pod of an Indexed Job with DISTTRAIN_HOSTS, and as what torchrun starts, which knows rank 0's address alone."""
+    ports = free_ports(4)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    indexed = {"DISTTRAIN_HOSTS": ",".join(f"127.0.0.1:{port}" for port in ports[:2])}
+    torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[2])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, PROGRAMS, "who"],
+            env=environment
+            | (indexed | {"JOB_COMPLETION_INDEX": rank} if by == "an Indexed Job" else torchrun | {"RANK": rank}),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0]
+    host = socket.gethostname()
+    for line in said:
+        assert line.strip().endswith(f"multiworker {by} {[(0, 2, 0, host), (1, 2, 1, host)]}")
 
 
 def test_a_process_that_nobody_has_started_is_nobodys():

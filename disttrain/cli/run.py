@@ -249,7 +249,8 @@ class _Screen:
             return
         text = re.split(r"\r(?=.)", text)[-1].rstrip("\r")
         prefix = f"[{rank:>{self._width}}] " if self._prefixed else ""
-        if self._console.is_terminal:
+        # What goes to a file or a pipe goes there, bar or no bar.
+        if self._console.is_terminal and (stream == "stderr" or sys.stdout.isatty()):
             color = _COLORS[rank % len(_COLORS)]
             self._console.print(f"[{color}]{escape(prefix)}[/]{escape(text)}")
         else:
