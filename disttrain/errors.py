@@ -1,5 +1,9 @@
 """Every error that disttrain raises on purpose. Each message names the culprit and the mend."""
 
+# Exit codes of a rank. A launcher starts a job that ended with the first again, and blames another rank for the second.
+EXIT_RESUME = 75
+EXIT_FOLLOWED = 76
+
 
 class DisttrainError(Exception):
     """Base class: the command line prints these in one line, without a traceback."""
@@ -37,10 +41,10 @@ class DriftError(DisttrainError, RuntimeError):
 
 
 class Preempted(SystemExit):
-    """Training was asked to end and has saved. Not an error: it ends the process with exit code 75, to be started again."""
+    """Training was asked to end and has saved. Not an error: it ends the process with `EXIT_RESUME`."""
 
     def __init__(self, said: str):
-        super().__init__(75)
+        super().__init__(EXIT_RESUME)
         self.said = said
 
     def __str__(self):

@@ -8,10 +8,6 @@ from typing import NamedTuple
 
 from disttrain.errors import BackendError
 
-# Exit codes of a rank. A launcher starts a job that ended with the first again, and blames another rank for the second.
-EXIT_RESUME = 75
-EXIT_FOLLOWED = 76
-
 # What `disttrain run` sets for ranks: how many there are, and a file descriptor that takes JSON lines about progress.
 WORLD_SIZE = "DISTTRAIN_WORLD_SIZE"
 PROGRESS_FD = "DISTTRAIN_PROGRESS_FD"

@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from disttrain.errors import BackendError
-from disttrain.world import EXIT_FOLLOWED
+from disttrain.errors import EXIT_FOLLOWED, BackendError
 
 log = logging.getLogger("disttrain")
 

@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from disttrain.errors import BackendError, ConfigError
+from disttrain.errors import EXIT_FOLLOWED, BackendError, ConfigError
 from disttrain.launcher.facts import facts
 from disttrain.launcher.line import BEAT_SECONDS, Line, connect
-from disttrain.world import EXIT_FOLLOWED, PROGRESS_FD, World, world
+from disttrain.world import PROGRESS_FD, World, world
 
 # Set by the launcher: where it listens, and a secret.
 ADDRESS, TOKEN = "DISTTRAIN_LAUNCHER", "DISTTRAIN_LAUNCHER_TOKEN"

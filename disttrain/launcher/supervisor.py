@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from disttrain.errors import EXIT_FOLLOWED, EXIT_RESUME
 from disttrain.launcher.agent import ADDRESS, TOKEN
 from disttrain.launcher.command import Job, commands
 from disttrain.launcher.facts import differences, facts
 from disttrain.launcher.interfaces import interfaces
 from disttrain.launcher.line import BEAT_SECONDS, LOST_SECONDS, Line
-from disttrain.world import EXIT_FOLLOWED, EXIT_RESUME, WORLD_SIZE
+from disttrain.world import WORLD_SIZE
 
 # How many of a rank's last lines are kept, to be shown if it fails.
 _KEPT = 20
