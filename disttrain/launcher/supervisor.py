@@ -235,11 +235,8 @@ class _Supervisor:
                 self._take_output(rank, message["stream"], message["text"])
             elif message["kind"] == "exit":
                 self._take_exit(rank, message["code"])
-            elif message["kind"] == "signal" and self._job.launcher == "srun" and not self._failure:
-                # Slurm signals ranks before their time is over. (mpirun does where one has failed, which says less than that.)
-                self._interrupted = True
-                number = message["number"]
-                self._wind_up(128 + number, f"interrupted by {_name_of(number)} from Slurm", self._grace)
+            elif message["kind"] == "signal" and self._job.launcher == "srun":
+                self._take_signal(message["number"])
         if messages is None:
             self._selector.unregister(rank.line)
             if not rank.over:
@@ -260,6 +257,14 @@ class _Supervisor:
             if self._failure and self._failure[0] == EXIT_FOLLOWED and self._failure[2] and code != EXIT_FOLLOWED:
                 self._failure = None  # that one only followed this one
             self._fail(exit_code, f"{rank} {how}", rank)
+
+    def _take_signal(self, number: int) -> None:
+        """Slurm signals ranks before their time is over; mpirun where one has failed, which says nothing new."""
+        if self._failure and self._failure[2] and self._failure[2].code in (EXIT_RESUME, -number):
+            self._failure = None  # it has heard of it sooner than this process
+        if not self._failure:
+            self._interrupted = True
+            self._wind_up(128 + number, f"interrupted by {_name_of(number)} from Slurm", self._grace)
 
     def _lose(self, rank: _Rank, how: str) -> None:
         rank.lost = True
