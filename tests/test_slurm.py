@@ -122,9 +122,10 @@ def test_a_cancelled_job_leaves_nothing(slurm, output):
     assert slurm.left() == {}
 
 
-def test_ranks_that_slurm_has_told_to_end_are_not_started_again(slurm, output):
-    job = wrapped(slurm, output, "save_on_term", restarts=1)
-    wait_for(output, "waiting", 2)
+def test_ranks_that_slurm_has_told_to_end_are_not_started_again(slurm, output, tmp_path):
+    job = wrapped(slurm, output, f"count {tmp_path}", restarts=1)
+    wait_for(output, "begins", 2)
+    time.sleep(1)  # both listen
     slurm.do("scancel", "--signal=TERM", str(job))
     said = wait_for(output, "code", seconds=30)
     assert "from Slurm; all ranks have saved and can go on from there\ncode 75\n" in said
