@@ -72,7 +72,7 @@ def test_near_the_end_of_its_time_a_job_saves_is_requeued_and_goes_on_from_there
 
 
 def test_digits_save_are_requeued_and_go_on_over_two_nodes(slurm, output, tmp_path):
-    options = ["--steps", "400", "--checkpoint-every", "20", "--out", str(tmp_path)]
+    options = ["--steps", "200", "--checkpoint-every", "20", "--out", str(tmp_path)]
     job = submit(slurm, output, SCRIPT, *options)
     until = time.monotonic() + 120
     while not list((tmp_path / "checkpoints").glob("*20")):
@@ -83,10 +83,10 @@ def test_digits_save_are_requeued_and_go_on_over_two_nodes(slurm, output, tmp_pa
     said = output.read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said
     assert "from Slurm; all ranks have saved and can go on from there" in said
-    assert 20 <= int(re.search(r"going on from .*step (\d+)", re.sub(r"\s+", " ", said))[1]) < 400
+    assert 20 <= int(re.search(r"going on from .*step (\d+)", re.sub(r"\s+", " ", said))[1]) < 200
     assert "disttrain: 2 ranks on 2 hosts came to their end" in said
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["replicas"], summary["backend"], summary["steps"]) == (2, "horovod", 400)
+    assert (summary["replicas"], summary["backend"], summary["steps"]) == (2, "horovod", 200)
 
 
 def test_a_rank_that_fails_fails_the_job_with_its_code(slurm, output):
