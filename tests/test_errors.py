@@ -291,24 +291,46 @@ def test_auto_takes_mirrored_where_replicas_are_asked_for():
     assert (dt.init().name, dt.init(replicas=1).name, dt.init(replicas=2).name) == ("local", "local", "mirrored")
 
 
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "HOROVOD_SIZE"])
-def test_auto_goes_by_what_the_launcher_says(monkeypatch, name):
-    monkeypatch.setenv(name, "1")
+@pytest.mark.parametrize(
+    ("rank", "size"),
+    [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"), ("HOROVOD_RANK", "HOROVOD_SIZE")],
+)
+def test_auto_goes_by_what_the_launcher_says(monkeypatch, rank, size):
+    monkeypatch.setenv(rank, "0")
+    monkeypatch.setenv(size, "1")
     assert dt.init().name == "local"
-    monkeypatch.setenv(name, "2")
+    monkeypatch.setenv(size, "2")
     assert choose(None) == "horovod"
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     assert choose(None) == "mpi"
-    monkeypatch.delenv(name)
+    monkeypatch.delenv(size)
     monkeypatch.setenv("TF_CONFIG", "{}")
     assert choose(None) == "multiworker"
 
 
+@pytest.mark.parametrize(
+    ("environment", "backend"),
+    [
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "multiworker"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "PMIX_RANK": "0"}, "horovod"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "multiworker"),
+        ({"JOB_COMPLETION_INDEX": "0", "DISTTRAIN_HOSTS": "a:1,b:1"}, "multiworker"),
+    ],
+)
+def test_auto_in_slurm_under_torchrun_and_in_kubernetes(monkeypatch, environment, backend):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert choose(None) == backend
+
+
 def test_a_process_that_is_alone_although_a_launcher_started_several(monkeypatch, local):
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(
-        BackendError, match="OMPI_COMM_WORLD_SIZE=2: a launcher started 2 processes, but backend 'local' sees"
-    ):
+    with pytest.raises(BackendError, match="mpirun started 2 processes, but backend 'local' sees one"):
+        check_world(local)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    monkeypatch.setenv("DISTTRAIN_WORLD_SIZE", "3")
+    with pytest.raises(BackendError, match="`disttrain run` started 3 ranks, but backend 'local' sees 1"):
         check_world(local)
 
 
