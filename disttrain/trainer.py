@@ -78,18 +78,17 @@ class Trainer:
         run, saved = _Run(), self._newest()
         if saved:
             self._go_on(saved, dataset, run)
-        with (
-            Progress(title, self._total(dataset, epochs, steps), run.steps, enabled=self._shows_progress) as progress,
-            Preemption() if self._checkpoint else contextlib.nullcontext(Preemption()) as preemption,
-        ):
-            while run.epochs < (epochs or 1) if steps is None else run.steps < steps:
-                self._epoch(dataset, run, progress, steps, preemption)
-        if self._checkpoint and run.moved:
-            self._save(run)
-            self._checkpoint.wait()
-        summary = run.summary()
-        if validation is not None:
-            summary["validation"] = self.evaluate(validation)
+        with Preemption() if self._checkpoint else contextlib.nullcontext(Preemption()) as preemption:
+            total = self._total(dataset, epochs, steps)
+            with Progress(title, total, run.steps, enabled=self._shows_progress) as progress:
+                while run.epochs < (epochs or 1) if steps is None else run.steps < steps:
+                    self._epoch(dataset, run, progress, steps, preemption)
+            if self._checkpoint and run.moved:
+                self._save(run)
+                self._checkpoint.wait()
+            summary = run.summary()
+            if validation is not None:  # asked to end by now, it is better brought to its end than begun again
+                summary["validation"] = self.evaluate(validation)
         return summary
 
     def evaluate(self, dataset: Iterable) -> dict[str, float]:

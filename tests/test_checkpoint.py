@@ -205,6 +205,13 @@ def test_as_many_are_kept_as_were_asked_for(local, tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000000004", "step-000000005"]
 
 
+def test_a_damaged_one_does_not_push_out_whole_ones(local, saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "step-000000004", "truncated")
+    train(make(local, dt.Checkpointer(tmp_path, keep=1)), Batches(columns(), 8), steps=3)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000003"]
+
+
 def test_another_model_is_refused(local, tmp_path):
     train(make(local, dt.Checkpointer(tmp_path)), Batches(columns(), 8), steps=1)
     with pytest.raises(DataError, match=r"dense/kernel has shape \(6, 5\) in it and \(6, 4\) here"):

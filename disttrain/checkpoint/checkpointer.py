@@ -138,7 +138,10 @@ class Checkpointer:
             said = error.strerror or error
             log.warning("no checkpoint of step %d in %s (%s); training goes on, %s", step, self.directory, said, left)
             return
-        for _, folder in self._folders()[: -self.keep]:
+        known = self._folders()
+        # Later ones are damaged, or this training would have gone on from them: they must not push out what is whole.
+        later = [folder for at, folder in known if at > step]
+        for folder in [folder for at, folder in known if at <= step][: -self.keep] + later:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[tuple[int, Path]]:

@@ -259,7 +259,10 @@ class _Screen:
     def progress(self, rank: int, text: str) -> None:
         if rank:
             return
-        said = json.loads(text)
+        try:
+            said = json.loads(text)
+        except ValueError:  # the program itself has written there
+            return
         if self._task is None or self._bar.tasks[self._task].description != said["title"]:
             self._task = self._bar.add_task(said["title"], total=said["total"], numbers="")
         self._bar.update(self._task, completed=said["done"], numbers=said["numbers"])
