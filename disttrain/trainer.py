@@ -85,7 +85,7 @@ class Trainer:
                     self._epoch(dataset, run, progress, steps, preemption)
             if self._checkpoint and run.moved:
                 self._save(run)
-                self._checkpoint.wait()
+                self._checkpoint.wait()  # it has said so where it could not: what was trained is still here
             summary = run.summary()
             if validation is not None:  # asked to end by now, it is better brought to its end than begun again
                 summary["validation"] = self.evaluate(validation)
@@ -164,8 +164,9 @@ class Trainer:
     def _end_early(self, run: _Run, preemption: Preemption) -> None:
         """All ranks come here after the same step, and none leaves before the checkpoint is on the disk."""
         self._save(run)
-        self._checkpoint.wait()
-        self.comm.barrier()
+        failed = self.comm.all_gather_object(self._checkpoint.wait())[0]
+        if failed:
+            raise DataError(f"asked to end, and {failed}: the training can go on from an older one alone")
         said = f"asked to end ({preemption.requested or 'on another rank'}): saved after step {run.steps}"
         if self.comm.is_chief:
             log.warning("%s in %s; start again to go on", said, self._checkpoint.directory)

@@ -31,14 +31,14 @@ class World(NamedTuple):
     collectives: bool
 
 
-# In this order: what is started by mpirun inside a Slurm step finds the variables of both.
+# In this order: what is started by mpirun or torchrun inside a Slurm step finds the variables of both.
 # Name, then the variables of rank, size and local rank, and whether the launcher connects Horovod or MPI.
 _LAUNCHERS = (
     ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", True),
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", True),
     ("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", True),
-    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", False),
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", False),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", False),
 )
 
 

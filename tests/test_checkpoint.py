@@ -252,6 +252,18 @@ def test_a_signal_saves_and_ends_after_the_step(local, tmp_path, name):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == handlers
 
 
+def test_what_could_not_be_saved_is_not_called_saved(local, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+
+    class Signalling(Batches):
+        def epoch(self, number):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().epoch(number)
+
+    with pytest.raises(DataError, match=r"asked to end, and no checkpoint of step 1 in \S+ \(Not a directory\)"):
+        train(make(local, dt.Checkpointer(tmp_path / "file" / "x")), Signalling(columns(), 8))
+
+
 def test_ctrl_c_twice_ends_at_once(local, tmp_path):
     class Signalling(Batches):
         def epoch(self, number):

@@ -160,6 +160,18 @@ def test_a_killed_agent_is_a_lost_rank_and_takes_its_program_with_it():
         os.kill(pid, signal.SIGKILL)
 
 
+def test_what_a_program_leaves_behind_ends_with_it():
+    begun = time.monotonic()
+    code, output, _ = run("-np", "2", "--launcher", "local", program=["daemon"])
+    assert code == 0, output
+    assert output.count("that is all, \N{CHECK MARK}") == 2
+    assert time.monotonic() - begun < 20
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mine = f"MARK={MARK}".encode() in (folder / "environ").read_bytes()
+            assert not (mine and b"sleep" in (folder / "cmdline").read_bytes())
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_sigterm_reaches_every_rank_and_what_they_save_counts(launcher):
     with start("-np", "2", "--launcher", launcher, program=["save_on_term"]) as job:

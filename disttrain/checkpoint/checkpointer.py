@@ -68,6 +68,7 @@ class Checkpointer:
         self.directory, self.keep, self.resume = Path(directory), keep, resume
         self._every_steps, self._every_seconds = every_steps, every_minutes and 60 * every_minutes
         self._saved_at, self._writing = time.monotonic(), None
+        self._error, self._broken = "", set()
 
     def due(self, step: int) -> bool:
         """Whether it is time to save, after so many steps."""
@@ -82,11 +83,12 @@ class Checkpointer:
         self._writing = threading.Thread(target=self._write, args=(step, values, state), name="disttrain-checkpoint")
         self._writing.start()
 
-    def wait(self) -> None:
-        """Returns when nothing is being written."""
+    def wait(self) -> str:
+        """Returns when nothing is being written: why the last checkpoint could not be, or nothing."""
         if self._writing:
             self._writing.join()
             self._writing = None
+        return self._error
 
     def latest(self) -> Saved | None:
         """The newest checkpoint that is whole; None where there is none.
@@ -104,6 +106,7 @@ class Checkpointer:
             try:
                 return Saved(folder, files.read_state(folder))
             except DataError as error:
+                self._broken.add(folder)
                 log.warning("the checkpoint of step %d is passed over: %s", step, error)
         return None
 
@@ -132,16 +135,18 @@ class Checkpointer:
     def _write(self, step: int, values: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         try:
             files.write(self.directory / f"step-{step:09d}", values, state)
-        except OSError as error:
+            self._error = ""
+        except Exception as error:  # whatever it is: a thread that dies tells nobody
             known = self._folders()
             left = f"the last one is {known[-1][1]}" if known else "there is none yet"
-            said = error.strerror or error
+            said = getattr(error, "strerror", None) or error
+            self._error = f"no checkpoint of step {step} in {self.directory} ({said})"
             log.warning("no checkpoint of step %d in %s (%s); training goes on, %s", step, self.directory, said, left)
             return
         known = self._folders()
-        # Later ones are damaged, or this training would have gone on from them: they must not push out what is whole.
-        later = [folder for at, folder in known if at > step]
-        for folder in [folder for at, folder in known if at <= step][: -self.keep] + later:
+        # Those that were found damaged must not push out what is whole.
+        broken = [folder for at, folder in known if folder in self._broken and at > step]
+        for folder in [folder for at, folder in known if at <= step][: -self.keep] + broken:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[tuple[int, Path]]:

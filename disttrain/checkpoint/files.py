@@ -50,9 +50,13 @@ def write(folder: Path, values: Mapping[str, np.ndarray], state: dict[str, Any])
         (partial / _STATE).write_text(text)
         for path in (*partial.iterdir(), partial):
             _sync(path)
-        shutil.rmtree(folder, ignore_errors=True)  # one of the same step that was found broken
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():  # of the same step: it goes when the new one has its name
+            folder.rename(old)
         partial.rename(folder)
         _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

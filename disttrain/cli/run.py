@@ -156,6 +156,7 @@ def _all_slots(launcher: str, hosts: list) -> int:
 def _attempts(
     job: Job, elastic: Elastic | None, restarts: int, grace: float, start_timeout: float, *, all_ranks: bool
 ) -> int:
+    from disttrain.errors import DisttrainError
     from disttrain.launcher import preflight
     from disttrain.launcher.discovery import Growth
     from disttrain.launcher.supervisor import attempt
@@ -175,7 +176,13 @@ def _attempts(
         if outcome.code == 0 or outcome.interrupted:
             break
         # Where hosts have changed, that was why, and no fault of the program.
-        changed = elastic is not None and elastic.wait(start_timeout) != job.hosts
+        changed = False
+        if elastic:
+            try:
+                changed = sorted(elastic.wait(start_timeout)) != sorted(job.hosts)
+            except DisttrainError as error:
+                console.print(f"[bold red]disttrain: error:[/] {escape(str(error))}")
+                break
         if not changed and left == 0:
             break
         left -= not changed
@@ -254,7 +261,9 @@ class _Screen:
             color = _COLORS[rank % len(_COLORS)]
             self._console.print(f"[{color}]{escape(prefix)}[/]{escape(text)}")
         else:
-            click.echo(prefix + text, err=stream == "stderr")
+            # Nobody may read any more, or in another alphabet: no reason to end the job.
+            with contextlib.suppress(OSError):
+                click.echo((prefix + text).encode(errors="replace"), err=stream == "stderr")
 
     def progress(self, rank: int, text: str) -> None:
         if rank:

@@ -198,10 +198,10 @@ def _cluster() -> _Cluster:
     started = world()
     if started and os.environ.get("DISTTRAIN_HOSTS"):
         return _resolved(_listed_workers(started), started.rank)
+    if started and started.launcher == "torchrun" and "MASTER_ADDR" in os.environ:
+        return _resolved(rendezvous.meet(started.rank, started.size), started.rank)
     if "SLURM_STEP_NODELIST" in os.environ:
         return _from_slurm()
-    if started and "MASTER_ADDR" in os.environ:
-        return _resolved(rendezvous.meet(started.rank, started.size), started.rank)
     raise BackendError(
         "backend 'multiworker': neither TF_CONFIG nor a launcher says who the workers are. Set in each process "
         """TF_CONFIG='{"cluster": {"worker": ["host1:port", "host2:port"]}, "task": {"type": "worker", "index": 0}}'"""

@@ -40,9 +40,11 @@ def _gather(port: int, host: str, size: int) -> list[str]:
                 raise BackendError(
                     f"rank {missing} of {size} has not come to {host}, port {port}, within {_SECONDS} s: is it running?"
                 ) from None
-            waiting.append(lines.enter_context(line))
-            told = json.loads(line.makefile().readline())
-            addresses[told["rank"]] = f"{address}:{told['port']}"
+            lines.enter_context(line).settimeout(2)
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a stranger
+                told = json.loads(line.makefile().readline())
+                addresses[int(told["rank"])] = f"{address}:{int(told['port'])}"
+                waiting.append(line)
         everybody = [addresses[rank] for rank in range(size)]
         for line in waiting:
             line.sendall(json.dumps(everybody).encode() + b"\n")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from disttrain.errors import EXIT_FOLLOWED, BackendError, ConfigError
 from disttrain.launcher.facts import facts
-from disttrain.launcher.line import BEAT_SECONDS, Line, connect
+from disttrain.launcher.line import BEAT_SECONDS, LOST_SECONDS, Line, connect
 from disttrain.world import PROGRESS_FD, World, world
 
 # Set by the launcher: where it listens, and a secret.
@@ -32,7 +32,9 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _CHUNK = 1 << 16
 # How long the launcher may take to let this process go after its program has ended.
 _LET_GO_SECONDS = 20
-_PR_SET_PDEATHSIG = 1
+# How long what the program has left behind may go on talking.
+_PIPES_SECONDS = 2
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main(program: list[str]) -> int:
@@ -52,6 +54,7 @@ def main(program: list[str]) -> int:
         pid=os.getpid(),
         facts=facts(),
     )
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     return _Agent(line, program).run()
 
 
@@ -63,6 +66,7 @@ class _Agent:
         self._parent = os.getppid()
         self._program: subprocess.Popen | None = None
         self._code: int | None = None
+        self._program_over = float("inf")
         self._let_go, self._kill_at = False, float("inf")
         self._streams = 0
         self._selector = selectors.DefaultSelector()
@@ -83,14 +87,17 @@ class _Agent:
             self._say(self._line.beat)
             if now > self._kill_at:
                 self._signal_program(signal.SIGKILL)
-            if self._line.silent():
+            # More patient than the launcher, which may stand still for a while before a reader that does not read.
+            if self._line.silent(2 * LOST_SECONDS):
                 self._launcher_is_gone()
                 _end_daemon()
             if (
                 os.getppid() != self._parent
             ):  # Slurm does not miss a lost slurmstepd, and its ranks would be out of reach
                 self._launcher_is_gone()
-            if self._code is not None and not self._streams and not told:
+            # A daemon that the program has started may hold its pipes open for ever.
+            quiet = not self._streams or now - self._program_over > _PIPES_SECONDS
+            if self._code is not None and quiet and not told:
                 told, ended = True, now
                 self._say(lambda: self._line.send("exit", code=self._code))
             if told and now - ended > _LET_GO_SECONDS:
@@ -161,6 +168,8 @@ class _Agent:
             nonlocal rest
             data = os.read(descriptor, _CHUNK)
             *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > _CHUNK:  # no end of line in sight
+                lines, rest = [*lines, rest], b""
             if not data:
                 lines, rest = [*lines, *filter(None, [rest])], b""
                 self._selector.unregister(descriptor)
@@ -173,9 +182,9 @@ class _Agent:
     def _program_ended(self, descriptor: int) -> None:
         self._selector.unregister(descriptor)
         os.close(descriptor)
-        self._code = self._program.wait()
-        # What it has started may hold its pipes open for ever.
+        self._code, self._program_over = self._program.wait(), time.monotonic()
         self._signal_program(signal.SIGKILL)
+        _end_orphans()
 
     def _forward(self) -> None:
         """A signal that came to this process (from Slurm, from mpirun) is meant for the program."""
@@ -203,6 +212,19 @@ class _Agent:
         """Nobody would ever know of this rank again."""
         self._signal_program(signal.SIGKILL)
         self._let_go = True
+
+
+def _end_orphans() -> None:
+    """What the program has started in a session of its own is this process's child when the program is gone."""
+    for _ in range(100):  # each that ends may leave children of its own
+        known = Path(f"/proc/self/task/{os.getpid()}/children")  # not every kernel has it
+        children = known.read_text().split() if known.exists() else []
+        if not children:
+            return
+        for child in map(int, children):
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
 
 
 def _end_daemon() -> None:

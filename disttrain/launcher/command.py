@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -150,8 +152,11 @@ def _local(job: Job, agent: list[str], environment: dict[str, str]) -> list[Comm
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """A port whose successor is free, where ranks meet; below those that the kernel gives to whoever connects."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
+            return port
 
 
 def _mpirun(job: Job, agent: list[str], environment: dict[str, str]) -> list[Command]:

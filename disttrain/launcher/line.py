@@ -57,9 +57,9 @@ class Line:
         *whole, self._rest = (self._rest + data).split(b"\n")
         return [message for message in map(json.loads, whole) if message["kind"] != "beat"]
 
-    def silent(self) -> bool:
+    def silent(self, seconds: float = LOST_SECONDS) -> bool:
         """Whether nothing has come for so long that the other end must be taken for lost."""
-        return time.monotonic() - self.heard > LOST_SECONDS
+        return time.monotonic() - self.heard > seconds
 
     def close(self) -> None:
         self._connection.close()

@@ -116,7 +116,7 @@ class _Supervisor:
         self._interrupted, self._signals_taken = False, 0
         self._start_until = time.monotonic() + start_seconds
         self._stop_at = self._over_at = float("inf")
-        self._went = False
+        self._went, self._looked = False, time.monotonic()
         self._said_by_launcher: deque[str] = deque(maxlen=_KEPT)
         self._token = secrets.token_hex(16)
         self._selector = selectors.DefaultSelector()
@@ -177,7 +177,10 @@ class _Supervisor:
     def _hear_stranger(self, line: Line) -> None:
         """The first message must be a rank's hello, with the secret of this attempt."""
         try:
-            messages = line.read() or [{}]
+            messages = line.read()
+            if messages == []:  # a part of it
+                return
+            messages = messages or [{}]
             hello = messages[0] if secrets.compare_digest(messages[0].get("token", ""), self._token) else None
         except (OSError, ValueError, KeyError, TypeError):
             hello = None
@@ -274,9 +277,13 @@ class _Supervisor:
     def _look(self, processes: list[subprocess.Popen]) -> None:
         """What no message tells: silence, and time that has passed."""
         now = time.monotonic()
+        # This process itself may have stood still, before a reader that does not read: what it has heard is old.
+        stood_still, self._looked = now - self._looked > LOST_SECONDS / 3, now
         for rank in self._ranks.values():
             if rank.over:
                 continue
+            if stood_still:
+                rank.line.heard = now
             if rank.line.silent():
                 self._lose(rank, f"has not answered for {LOST_SECONDS:g} s: its host is down, or the network is cut")
             else:
@@ -334,7 +341,9 @@ class _Supervisor:
     def _signals(self):
         read, write = os.pipe()
         os.set_blocking(write, False)
-        before = {number: signal.signal(number, lambda *_: None) for number in _INTERRUPTED}
+        # What was ignored stays so: nohup means it.
+        heard = [number for number in _INTERRUPTED if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, lambda *_: None) for number in heard}
         old = signal.set_wakeup_fd(write)
         self._selector.register(read, selectors.EVENT_READ, lambda: self._interrupt(os.read(read, 64)))
         try:
@@ -354,7 +363,8 @@ class _Supervisor:
             self._signals_taken += 1
             self._interrupted = True
             if self._signals_taken == 1:
-                self._tell_all(number)
+                # A terminal that was closed is no reason to end without saving.
+                self._tell_all(signal.SIGTERM if number == signal.SIGHUP else number)
             grace = self._grace if self._signals_taken == 1 and self._went else 0.0
             self._wind_up(128 + number, f"interrupted by {_name_of(number)}", grace)
 

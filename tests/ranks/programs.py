@@ -79,6 +79,14 @@ def deaf():
     time.sleep(300)
 
 
+def daemon():
+    """Leaves a process of a session of its own behind, which holds its output open."""
+    import subprocess
+
+    subprocess.Popen(["sleep", "314"], start_new_session=True)
+    print("that is all, \N{CHECK MARK}", flush=True)
+
+
 def fail_once(folder):
     """Rank 0 fails in its first attempt, and is told which one this is."""
     attempts = Path(folder) / f"attempts-{me.rank}"
