@@ -56,7 +56,8 @@ class Lab:
 
     def __exit__(self, *exc: object) -> None:
         for name in self.names:
-            for pid in self.processes(name):
+            # sshd's sessions, too: behind a link that was cut one does not know that the other end has gone.
+            for pid in self._all(name):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         for sshd in self._sshd.values():
@@ -110,6 +111,9 @@ class Lab:
 
     def processes(self, name: str, word: str = "") -> dict[int, str]:
         """Processes of a host, by id, but for its sshd: those whose command line has `word` in it."""
+        return {pid: line for pid, line in self._all(name).items() if "sshd" not in line and word in line}
+
+    def _all(self, name: str) -> dict[int, str]:
         space = Path("/run/netns", self._space(name))
         if not space.exists():
             return {}
@@ -120,7 +124,7 @@ class Lab:
                     0
                 ] != "Z":
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        return {pid: line for pid, line in found.items() if "sshd" not in line and word in line}
+        return found
 
     def wait_until_empty(self, seconds: float) -> dict[str, dict[int, str]]:
         """What is left on the hosts after at most so many seconds; empty if nothing is."""
