@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -116,10 +117,13 @@ class HorovodCommunicator(OneReplica):
         return handle
 
     def _reduce(self, tensors: list, op: str) -> list:
-        name, tensors = self._name(op, *tensors), [self.at_run_time(tensors[0]), *tensors[1:]]
+        options, tensors = self._options(op, *tensors), [self.at_run_time(tensors[0]), *tensors[1:]]
         if len(tensors) == 1:
-            return [self._ops._allreduce(tensors[0], name=name, op=self._op(op), ignore_name_scope=True)]
-        return self._ops._grouped_allreduce(tensors, name=name, op=self._op(op), ignore_name_scope=True)
+            return [self._ops._allreduce(tensors[0], **options)]
+        return self._ops._grouped_allreduce(tensors, **options)
+
+    def _options(self, op: str, *tensors: tf.Tensor) -> dict[str, Any]:
+        return {"name": self._name(op, *tensors), "op": self._op(op), "ignore_name_scope": True}
 
     def _sum_of_bfloat16(self, tensors: list) -> list:
         """Horovod's ops do not know the type: each rank gets its part of all ranks' bits, sums it, and shows it to all."""

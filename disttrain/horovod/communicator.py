@@ -73,26 +73,14 @@ class ProcessSetCommunicator(HorovodCommunicator):
             return [self._compressed(self.at_run_time(x), op) for x in tensors]
         return super().start(tensors, op)
 
-    def _reduce(self, tensors, op):
-        tensors = [self.at_run_time(tensors[0]), *tensors[1:]]
-        reduce = self._ops._allreduce if len(tensors) == 1 else self._ops._grouped_allreduce
-        reduced = reduce(tensors[0] if len(tensors) == 1 else tensors, **self._options(op, *tensors))
-        return [reduced] if len(tensors) == 1 else reduced
-
     def _compressed(self, tensor: tf.Tensor, op: str) -> tf.Tensor:
         thin, context = self._compression.compress(tensor)
         return self._compression.decompress(self._ops._allreduce(thin, **self._options(op, thin)), context)
 
     def _options(self, op: str, *tensors: tf.Tensor) -> dict[str, Any]:
         factor = self._predivide if op == "mean" else 1.0
-        return {
-            "name": self._name(op, *tensors),
-            "op": self._op(op),
-            "prescale_factor": 1.0 / factor,
-            "postscale_factor": factor,
-            "ignore_name_scope": True,
-            "process_set": self.process_set,
-        }
+        scales = {"prescale_factor": 1.0 / factor, "postscale_factor": factor}
+        return super()._options(op, *tensors) | scales | {"process_set": self.process_set}
 
     def _takes_part(self) -> bool:
         return self.process_set is hvd.global_process_set or bool(self.process_set.included())

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from disttrain.errors import EXIT_FOLLOWED, EXIT_RESUME
 from disttrain.launcher.agent import ADDRESS, TOKEN
@@ -50,11 +50,14 @@ class Outcome(NamedTuple):
     hosts: list[str]
 
 
-class Show(NamedTuple):
-    """What is told while the job runs: a line of a rank (rank, stream, text), its progress (rank, message)."""
+class Show(Protocol):
+    """Who is told what ranks say while the job runs."""
 
-    output: Callable[[int, str, str], None]
-    progress: Callable[[int, str], None]
+    def output(self, rank: int, stream: str, text: str) -> None:
+        """A line of "stdout" or "stderr"."""
+
+    def progress(self, rank: int, text: str) -> None:
+        """JSON, as `disttrain.observe.progress` writes it."""
 
 
 def attempt(
