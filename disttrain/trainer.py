@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -66,7 +67,8 @@ class Trainer:
         Raises:
           ConfigError: both epochs and steps are given, or one is not a whole number of 1 or more; or there is a checkpoint
             that must not be gone on from.
-          DataError: the data set is empty, or the checkpoint is of another training.
+          DataError: the data set is empty, it is a `Batches` that is not the same on all ranks, or the checkpoint is of another
+            training.
           Preempted: a signal asked the training to end, and its checkpoint is saved. On all ranks, after the same step; it ends
             the process with exit code 75 unless it is caught.
         """
@@ -112,8 +114,11 @@ class Trainer:
     def _epoch(
         self, dataset: Iterable, run: _Run, progress: Progress, steps: int | None, preemption: Preemption
     ) -> None:
-        batches = self.comm.distribute(_of_epoch(dataset, run.epochs, run.batches))
-        lengths = self.comm.all_gather_object(_length(batches))
+        dataset = _of_epoch(dataset, run.epochs, run.batches)
+        batches = self.comm.distribute(dataset)
+        known = self.comm.all_gather_object((_length(batches), getattr(dataset, "fingerprint", None)))
+        lengths, fingerprints = zip(*known, strict=True)
+        _check_same_data(fingerprints)
         if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
             batches = itertools.chain(batches, itertools.repeat(None))
         for batch in batches:
@@ -201,6 +206,17 @@ def _of_epoch(dataset: Iterable, epoch: int, seen: int) -> Iterable:
     if not seen:
         return batches
     return batches.skip(seen) if hasattr(batches, "skip") else itertools.islice(batches, seen, None)
+
+
+def _check_same_data(fingerprints: Sequence[str | None]) -> None:
+    """Raises an error, the same on all ranks, where one has other data: batches are shared out by number."""
+    common = Counter(fingerprints).most_common(1)[0][0]
+    odd = [rank for rank, seen in enumerate(fingerprints) if seen != common]
+    if odd:
+        raise DataError(
+            f"the ranks' data differ: rank {odd[0]} has {fingerprints[odd[0]]}, and rank {fingerprints.index(common)} has "
+            f"{common}. Give all ranks the same files, batch size and seed"
+        )
 
 
 def _length(batches: Iterable) -> int | None:

@@ -70,7 +70,8 @@ class Communicator(Protocol):
         """Takes a data set of global batches; each element that it yields is shared out over the replicas.
 
         Batches are split along their first dimension as evenly as possible, in order; where there are fewer
-        examples than replicas, the last replicas get none.
+        examples than replicas, the last replicas get none. A data set that has a method `share(rank, size)`, which returns
+        these rows of each of its batches, is asked for them by engines with one replica a process.
         """
 
     def all_reduce(self, tensors: Sequence[tf.Tensor | tf.IndexedSlices], op: Op = "sum") -> list:

@@ -30,6 +30,13 @@ class DistributedBatches:
         return len(self._dataset)
 
 
+def distribute(dataset: Iterable, rank: int, size: int) -> DistributedBatches:
+    """Of every global batch the share of one rank. A data set that has `share(rank, size)` reads no more than that."""
+    if hasattr(dataset, "share"):
+        return DistributedBatches(dataset.share(rank, size), lambda batch: split(batch, 1)[0])
+    return DistributedBatches(dataset, lambda batch: split(batch, size)[rank])
+
+
 def as_tensors(batch: Any) -> Any:
     """The batch with every leaf a tensor (or a composite tensor, left as it is)."""
     return tf.nest.map_structure(lambda x: x if tf.is_tensor(x) else tf.convert_to_tensor(x), batch)

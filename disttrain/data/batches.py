@@ -2,51 +2,172 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from disttrain.data.ahead import in_order
+from disttrain.data.source import Arrays, Source
 from disttrain.errors import DataError
 
 
 class Batches:
-    """Batches of arrays; the last one of an epoch may be smaller. Shuffled anew for every epoch.
+    """Batches of examples; the last one of an epoch may be smaller. Shuffled anew for every epoch.
 
-    Whatever the number of ranks, and whether a training was interrupted or not, batch n of epoch e holds the same examples.
+    Whatever the number of ranks, and whether a training was interrupted or not, batch n of epoch e holds the same examples
+    in the same order, and every example is in one batch of an epoch. `comm.distribute` has each rank read its own share only.
 
     Args:
-      columns: a nest of arrays [examples, ...] with the same number of examples.
+      source: a nest of arrays [examples, ...] with the same number of examples, or a `Source`: `TFRecords`, `ImageFolder`,
+        `Table`, or your own.
       batch_size: global: examples of one optimizer step, over all replicas and micro-batches.
-      shuffle: False keeps the order of the arrays.
+      shuffle: False keeps the order of the source.
       seed: of the shuffling.
+      map: (nest of tensors [k, ...]) -> nest of tensors or arrays [k, ...], applied to what is read, in the threads that read
+        ahead. A rank without a share calls it with k = 0.
 
     Raises:
-      DataError: arrays that differ in their number of examples, or none.
+      DataError: arrays that differ in their number of examples, no examples, or a batch size below 1.
     """
 
-    def __init__(self, columns: Any, batch_size: int, *, shuffle: bool = True, seed: int = 0):
-        counts = {len(column) for column in tf.nest.flatten(columns)}
-        if len(counts) != 1 or 0 in counts:
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        map: Callable[[Any], Any] | None = None,
+    ):
+        self.source = source if isinstance(source, Source) else Arrays(source)
+        self.examples, self.batch_size = len(self.source), batch_size
+        self._shuffle, self._seed, self._map = shuffle, seed, map
+        if self.examples == 0:
+            raise DataError(f"{type(source).__name__}: the files hold no examples; at least one is wanted")
+        if sum(self.source.files) != self.examples:
             raise DataError(
-                f"the arrays of a data set hold {sorted(counts)} examples; the same number, above zero, is wanted"
+                f"{type(source).__name__}: its files hold {sum(self.source.files)} examples, and its length is "
+                f"{self.examples}; the two must be the same"
             )
-        (self.examples,) = counts
-        self.batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
-        self._columns = tf.nest.map_structure(tf.convert_to_tensor, columns)
+        if batch_size < 1:
+            raise DataError(f"batch_size={batch_size}: a whole number of 1 or more is wanted")
 
-    def epoch(self, number: int) -> tf.data.Dataset:
+    def epoch(self, number: int) -> Epoch:
         """The batches of an epoch, from 0."""
-        order = np.arange(self.examples)
-        if self._shuffle:
-            order = np.random.default_rng([self._seed, number]).permutation(self.examples)
-        rows = tf.data.Dataset.from_tensor_slices(order).batch(self.batch_size)
-        take = lambda places: tf.nest.map_structure(lambda column: tf.gather(column, places), self._columns)  # noqa: E731
-        return rows.map(take, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return Epoch(self, number, range(len(self)))
+
+    def share(self, rank: int, ranks: int) -> Epoch:
+        """Of every batch of the first epoch the rows of one rank."""
+        return self.epoch(0).share(rank, ranks)
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be the same on all ranks, in words."""
+        files = np.asarray(self.source.files, np.int64)
+        order = f"shuffled by seed {self._seed}" if self._shuffle else "not shuffled"
+        return (
+            f"{self.examples} examples in {len(files)} files (sizes {zlib.crc32(files.tobytes()):08x}), "
+            f"in batches of {self.batch_size}, {order}"
+        )
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Numbers of the examples, int64 [examples], one batch after the other."""
+        if not self._shuffle:
+            return np.arange(self.examples)
+        return shuffled(self.source.files, self.batch_size, self._seed, epoch)
+
+    def read(self, places: np.ndarray) -> Any:
+        """These examples, as a nest of tensors.
+
+        Raises:
+          DataError: the source or `map` returned more or fewer.
+        """
+        with tf.device("CPU:0"):  # which device gets them is for the communicator to say
+            examples = _checked(self.source.read(places), len(places), type(self.source).__name__)
+            return _checked(self._map(examples), len(places), "map") if self._map else examples
 
     def __len__(self) -> int:
         return -(-self.examples // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.epoch(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The batches of one epoch, some of them, or one rank's rows of them. Nothing is read before one asks for the first."""
+
+    batches: Batches
+    number: int
+    steps: range
+    rank: int = 0
+    ranks: int = 1
+
+    def skip(self, count: int) -> Epoch:
+        """Without the first `count` batches, which are not read."""
+        return dataclasses.replace(self, steps=self.steps[count:])
+
+    def take(self, count: int) -> Epoch:
+        """The first `count` batches alone."""
+        return dataclasses.replace(self, steps=self.steps[:count])
+
+    def share(self, rank: int, ranks: int) -> Epoch:
+        """Of every batch the rows of one rank: consecutive, as many as others have or one more, the first ranks first."""
+        return dataclasses.replace(self, rank=rank, ranks=ranks)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Batches`."""
+        return self.batches.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Any]:
+        order, size = self.batches.order(self.number), self.batches.batch_size
+
+        def read(step: int) -> Any:
+            batch = order[step * size : (step + 1) * size]
+            lo, hi = cuts(len(batch), self.ranks)[self.rank : self.rank + 2]
+            return self.batches.read(batch[lo:hi])
+
+        return in_order(read, self.steps)
+
+
+def shuffled(files: Sequence[int], batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """An order of all examples, int64 [examples], one batch after the other, that depends on these four alone.
+
+    With several files: files in any order, and in each its examples in any order, make one sequence. It is cut into
+    `batch_size` pieces, and batch t takes the t-th example of each. Row i of every batch is so from piece i, and whoever
+    holds some consecutive rows, as a rank does, reads a consecutive part of the sequence: files of its own where there are
+    enough of them, examples of a file where there are not.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    if len(files) == 1:
+        return rng.permutation(files[0])
+    starts = np.cumsum([0, *files])
+    sequence = np.concatenate([starts[file] + rng.permutation(files[file]) for file in rng.permutation(len(files))])
+    step, row = np.divmod(np.arange(len(sequence)), batch_size)
+    return sequence[cuts(len(sequence), batch_size)[row] + step]
+
+
+def cuts(count: int, parts: int) -> np.ndarray:
+    """Where to cut `count` into consecutive parts whose sizes differ by one at most, larger ones first: int64 [parts + 1]."""
+    small, larger = divmod(count, parts)
+    part = np.arange(parts + 1)
+    return part * small + np.minimum(part, larger)
+
+
+def _checked(examples: Any, count: int, source: str) -> Any:
+    examples = tf.nest.map_structure(lambda x: x if tf.is_tensor(x) else tf.convert_to_tensor(x), examples)
+    for leaf in tf.nest.flatten(examples):
+        if leaf.shape.rank == 0 or leaf.shape[0] != count:
+            raise DataError(
+                f"{source} returned a tensor of shape {tuple(leaf.shape)} for {count} examples: its first dimension must be "
+                "the examples, none more and none less, or some would be seen twice or never"
+            )
+    return examples
