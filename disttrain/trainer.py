@@ -51,9 +51,9 @@ class Trainer:
 
         Args:
           dataset: global batches: a `disttrain.data.Batches`, a `tf.data.Dataset` (all ranks must get the same: shuffle it
-            by a seed), or any iterable that can be gone through once for each epoch. Should workers have more or fewer of them, those that are done take part with no examples
-            until all are. A training that goes on from a checkpoint passes over the batches of its epoch that it has seen; the
-            first of these types knows how it had shuffled that epoch.
+            by a seed), or any iterable that can be gone through once for each epoch. Should workers have more or fewer of
+            them, those that are done take part with no examples until all are. A training that goes on from a checkpoint
+            passes over the batches of its epoch that it has seen; the first of these types knows how it had shuffled that epoch.
           epochs: how often (default 1). One of `epochs` and `steps`, not both.
           steps: optimizer steps instead; the data set is gone through as often as that takes.
           validation: global batches for `evaluate`, after the last step.

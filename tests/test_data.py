@@ -109,6 +109,8 @@ def test_ranks_have_files_of_their_own_where_there_are_enough():
     _, sources = seen_by_ranks([8] * 12, 12, 3, seed=0, epoch=0)
     assert [len(source.touched()) for source in sources] == [4, 4, 4]
     assert set.union(*(source.touched() for source in sources)) == set(range(12))
+    _, later = seen_by_ranks([8] * 12, 12, 3, seed=0, epoch=1)
+    assert [source.touched() for source in later] != [source.touched() for source in sources]
 
 
 @pytest.mark.parametrize("files", [[60], [20, 0, 30, 10]])
