@@ -15,7 +15,8 @@ FEATURES = {"id": tf.io.FixedLenFeature([], tf.int64), "x": tf.io.FixedLenFeatur
 
 comm = dt.init(_report.BACKEND)
 keras.utils.set_random_seed(3)
-model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+with comm.scope():
+    model, optimizer = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]), keras.optimizers.SGD(1e-3)
 seen = []
 
 
@@ -29,7 +30,7 @@ def losses(model, batch, training=True):
     return tf.square(model(batch["x"], training=training)[:, 0] - 1.0)
 
 
-step = Noting(model, keras.optimizers.SGD(1e-3), loss_fn=losses, comm=comm, jit=False)
+step = Noting(model, optimizer, loss_fn=losses, comm=comm, jit=False)
 trainer = dt.Trainer(step, progress=False)
 summary = trainer.fit(Batches(TFRecords(sys.argv[1], FEATURES), 8, seed=3), epochs=2)
 _report.arrays(weights=np.concatenate([v.numpy().ravel() for v in model.trainable_variables]))
