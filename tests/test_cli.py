@@ -153,3 +153,10 @@ def test_bench_step(tmp_path):
     big, accumulated = results["memory"]
     assert (big["accumulate"], accumulated["accumulate"]) == (1, 16)
     assert accumulated["peak_mib"] < 0.6 * big["peak_mib"]
+
+
+def test_bench_input(tmp_path):
+    said, _ = run("bench", "input", "--source", "tfrecords", "--rounds", 1, "--out", tmp_path, folder=tmp_path)
+    assert "reading alone" in said
+    (row,) = json.loads((tmp_path / "input.json").read_text())
+    assert (row["source"], 0.2 < row["ratio"] < 5, 0 < row["alone_ms"] < row["fed_ms"]) == ("tfrecords", True, True)

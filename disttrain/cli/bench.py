@@ -119,7 +119,7 @@ def allreduce(engines: tuple[str, ...], ranks: int, rounds: int, out: Path) -> N
     help="Default: all three.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(min=3), default=7, show_default=True, help="Epochs of 32 steps, each way."
+    "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Epochs of 32 steps, each way."
 )
 @click.option(
     "--out",
