@@ -28,4 +28,6 @@ def export(model: keras.Model, path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror or error}): make room, or choose another place") from error
+        raise DataError(
+            f"cannot write {path} ({error.strerror or error}): make room, or choose another place"
+        ) from error

@@ -135,9 +135,10 @@ def _values(folder: Path) -> Iterator[tuple[str, tf.Tensor]]:
     with _os_errors(), tf.device("CPU"):
         try:
             for name, dtype in sorted(tf.train.load_checkpoint(prefix).get_variable_to_dtype_map().items()):
-                yield name, tf.raw_ops.RestoreV2(
-                    prefix=prefix, tensor_names=[name], shape_and_slices=[""], dtypes=[dtype]
-                )[0]
+                yield (
+                    name,
+                    tf.raw_ops.RestoreV2(prefix=prefix, tensor_names=[name], shape_and_slices=[""], dtypes=[dtype])[0],
+                )
         except _DAMAGED as error:
             raise DataError(f"{folder / VARIABLES} has changed since it was written ({_said(error)})") from error
 
