@@ -25,8 +25,8 @@ files.write, files.read_state, files.read_values = map(slowly, (files.write, fil
 comm = dt.init(BACKEND, stall_timeout=STALL_TIMEOUT)
 steps = []
 for length in (2, 3):  # the second goes on from the first
+    keras.backend.clear_session(free_memory=False)
     with comm.scope():
-        keras.backend.clear_session(free_memory=False)
         model, optimizer = build(), keras.optimizers.SGD(0.01)
     step = dt.TrainStep(model, optimizer, loss_fn=losses, comm=comm, jit=False)
     trainer = dt.Trainer(step, progress=False, checkpoint=dt.Checkpointer(FOLDER, every_steps=1))
