@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -30,7 +31,9 @@ KINDS = ("SIGKILL of a rank", "SIGKILL of all ranks", "SIGTERM", "SIGKILL in the
 EXAMPLES, BATCH = 1437, 200
 
 
-def soak(folder: Path, kills: int, minutes: float, steps: int, seed: int = 0, say=lambda text: None) -> dict:
+def soak(
+    folder: Path, kills: int, minutes: float, steps: int, seed: int = 0, say: Callable[[str], None] = lambda text: None
+) -> dict:
     """Runs the training undisturbed and disturbed, and returns counts: kills by kind, lost, repeated, unreadable, different.
 
     Also how many optimizer steps the disturbed runs did, those that were done again included, and seconds.
@@ -49,7 +52,7 @@ def soak(folder: Path, kills: int, minutes: float, steps: int, seed: int = 0, sa
         kind = KINDS[sum(done.values()) % len(KINDS)]
         hit = not over and _strike(job, struck, kind, draw)
         code = job.wait()
-        unreadable += _unreadable(struck / "checkpoints")
+        unreadable += _unreadable(struck / "checkpoints", say)
         attempt += 1
         if hit:
             done[kind] += 1
@@ -135,12 +138,13 @@ def _newest(folder: Path) -> int:
     return max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0)
 
 
-def _unreadable(folder: Path) -> int:
+def _unreadable(folder: Path, say: Callable[[str], None]) -> int:
     count = 0
     for path in folder.glob("step-*"):
         try:
             files.read_state(path)
-        except (DataError, OSError):
+        except (DataError, OSError) as error:
+            say(f"unreadable: {error}")
             count += 1
     return count
 

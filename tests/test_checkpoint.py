@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -298,6 +299,8 @@ def test_export_of_what_is_not_there(local, saved, tmp_path):
     with pytest.raises(DataError, match=r"dense/kernel has shape \(6, 5\) in it and \(6, 7\) here"):
         dt.Checkpointer(saved[0]).export(make(local, width=7).step.model, tmp_path / "model.keras")
     (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match="the model has no variables yet"):
+        dt.Checkpointer(saved[0]).export(keras.Sequential([keras.layers.Dense(3)]), tmp_path / "model.keras")
     with pytest.raises(DataError, match=r"cannot write \S+file/model.keras"):
         dt.Checkpointer(saved[0]).export(model, tmp_path / "file" / "model.keras")
 
@@ -373,20 +376,29 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(local, saved, tmp_pa
 def test_a_full_disk_costs_a_warning(local, tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with caplog.at_level(logging.WARNING, "disttrain"):
             train(make(local, dt.Checkpointer(disk, every_steps=1)), Batches(columns(), 8), steps=2)
             assert caplog.text == ""
-            (disk / "ballast").write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+            if mounted:
+                (disk / "ballast").write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+            else:  # a machine on which nobody may mount: a file that cannot grow
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
             said = train(make(local, dt.Checkpointer(disk, every_steps=1)), Batches(columns(), 8), steps=4)
         assert said["steps"] == 4
-        assert re.search(r"no checkpoint of step 3 in \S+ \(.*No space left on device\); training goes on, the last one is \S+2$",
-                         caplog.text, re.MULTILINE)  # fmt: skip
-        assert sorted(path.name for path in disk.iterdir()) == ["ballast", "step-000000001", "step-000000002"]
+        reason = r"\(.*(?:No space left on device|File too large)\)"
+        warning = rf"no checkpoint of step 3 in \S+ {reason}; training goes on, the last one is \S+2$"
+        assert re.search(warning, caplog.text, re.MULTILINE)
+        left = ["step-000000001", "step-000000002"]
+        assert sorted(path.name for path in disk.iterdir()) == ["ballast"] * mounted + left
         assert dt.Checkpointer(disk).latest().folder.name == "step-000000002"
     finally:
-        subprocess.run(["umount", disk], check=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if mounted:
+            subprocess.run(["umount", disk], check=True)
 
 
 @contextlib.contextmanager
@@ -480,6 +492,7 @@ def test_what_killed_runs_have_left_is_taken_away(local, saved, tmp_path):
     shutil.copytree(tmp_path / "step-000000004", tmp_path / ".step-000000004.old")
     for step in (1, 9):
         (tmp_path / f".step-{step:09d}.partial").mkdir()
+    (tmp_path / ".step-000000001.gone").mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
     assert dt.Checkpointer(tmp_path).latest().folder.name == "step-000000004"
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -490,6 +503,23 @@ def test_what_killed_runs_have_left_is_taken_away(local, saved, tmp_path):
         files._being_written.clear()
     left = [".step-000000009.partial", "step-000000002", "step-000000004", "step-000000005"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_checkpoint_that_is_being_taken_away_is_none(local, saved, tmp_path, caplog, monkeypatch):
+    """A process that is killed meanwhile leaves half of it."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+
+    def killed(folder, **options):
+        for path in folder.glob("variables*"):
+            path.unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    files.remove(tmp_path / "step-000000002")
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-000000002.gone", "step-000000004"]
+    assert [step for step, _ in files.find(tmp_path)] == [4]
+    train(make(local, dt.Checkpointer(tmp_path)), Batches(columns(), 8), steps=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000004", "step-000000005"]
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(local, saved, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -137,13 +136,16 @@ class Checkpointer:
         """Writes a model with the weights of a checkpoint, for others to use; the model has these weights afterwards.
 
         Args:
-          model: as it was trained, newly built or not; its optimizer is not needed.
+          model: the one that was trained, or made anew in the same way; its optimizer is not needed.
           path: ending in ".keras": for `keras.models.load_model`. Else a folder, a SavedModel that serves inference.
           saved: the checkpoint; default: the newest that is whole.
 
         Raises:
+          ConfigError: the model has no variables yet.
           DataError: there is no checkpoint, or it is of another model; or the file cannot be written.
         """
+        if not model.weights:
+            raise ConfigError("the model has no variables yet: call it on a batch, or build it, and export it then")
         saved = saved or self.latest()
         if saved is None:
             raise DataError(f"there is no whole checkpoint in {self.directory}: nothing to export")
@@ -194,7 +196,7 @@ class Checkpointer:
         # Those that were found damaged must not push out what is whole.
         broken = [folder for at, folder in known if folder in self._broken and at > step]
         for folder in [folder for at, folder in known if at <= step][: -self.keep] + broken:
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder)
 
     def _known(self) -> list[tuple[int, Path]]:
         try:

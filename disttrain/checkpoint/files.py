@@ -70,6 +70,15 @@ def write(folder: Path, values: Mapping[str, tf.Tensor], state: dict[str, Any]) 
         _being_written.discard(partial)
 
 
+def remove(folder: Path) -> None:
+    """Under another name first: should this process be killed now, what is left must not look like a checkpoint."""
+    gone = folder.with_name(f".{folder.name.strip('.').removesuffix('.old')}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def find(directory: Path) -> list[tuple[int, Path]]:
     """Checkpoints by step, whole or damaged; also those that a process was about to replace when it was killed."""
     found: dict[int, Path] = {}
@@ -83,9 +92,9 @@ def find(directory: Path) -> list[tuple[int, Path]]:
 
 def tidy(directory: Path) -> None:
     """Takes away what processes that were killed have left behind, but for what this one is writing."""
-    for partial in directory.glob(".step-*.partial"):
-        if partial not in _being_written:
-            shutil.rmtree(partial, ignore_errors=True)
+    for left in (*directory.glob(".step-*.partial"), *directory.glob(".step-*.gone")):
+        if left not in _being_written:
+            shutil.rmtree(left, ignore_errors=True)
     for old in directory.glob(".step-*.old"):
         folder = old.with_name(old.name[1:].removesuffix(".old"))
         if _partial(folder) in _being_written:
