@@ -62,7 +62,8 @@ class Trainer:
         Returns:
           steps, skipped (steps that were not applied), epochs, examples, seconds, examples_per_second (without the first
           step, which traces and compiles), grad_norm (of the last step), train and, where asked for, validation: name ->
-          mean over the last epoch, "loss" among them.
+          mean over the last epoch, "loss" among them. With checkpoints also unsaved: why the last one could not be written, or
+          nothing. What was trained is in the model all the same.
 
         Raises:
           ConfigError: both epochs and steps are given, or one is not a whole number of 1 or more; or there is a checkpoint
@@ -85,12 +86,12 @@ class Trainer:
             with Progress(title, total, run.steps, enabled=self._shows_progress) as progress:
                 while run.epochs < (epochs or 1) if steps is None else run.steps < steps:
                     self._epoch(dataset, run, progress, steps, preemption)
-            if self._checkpoint and run.moved:
-                self._save(run)
-                self._checkpoint.wait()  # it has said so where it could not: what was trained is still here
-            summary = run.summary()
+            unsaved = self._save_and_wait(run) if self._checkpoint and run.moved else ""
+            summary = run.summary() | ({"unsaved": unsaved} if self._checkpoint else {})
             if validation is not None:  # asked to end by now, it is better brought to its end than begun again
                 summary["validation"] = self.evaluate(validation)
+        if unsaved and self.comm.is_chief:
+            log.error("the training is done, but %s: save the model elsewhere", unsaved)
         return summary
 
     def evaluate(self, dataset: Iterable) -> dict[str, float]:
@@ -144,7 +145,9 @@ class Trainer:
         """What rank 0 finds is what all go on from."""
         if self._checkpoint is None:
             return None
-        return self.comm.all_gather_object(self._checkpoint.latest() if self.comm.is_chief else None)[0]
+        with self.comm.busy("the verification of checkpoints"):
+            newest = self._checkpoint.latest() if self.comm.is_chief else None
+        return self.comm.all_gather_object(newest)[0]
 
     def _go_on(self, saved: Saved, dataset: Iterable, run: _Run) -> None:
         run.restore(saved.state["run"])
@@ -155,7 +158,8 @@ class Trainer:
         else:
             self.step.start(None)
         if self.comm.is_chief:
-            self._checkpoint.load(saved, self.step.state)
+            with self.comm.busy("reading a checkpoint"):
+                self._checkpoint.load(saved, self.step.state)
         self.comm.broadcast(self.step.state)
         self.step.settings = saved.state["step"]
         if self.comm.is_chief:
@@ -164,12 +168,19 @@ class Trainer:
     def _save(self, run: _Run) -> None:
         if self.comm.is_chief:
             state = {"run": run.state(), "step": self.step.settings}
-            self._checkpoint.save(run.steps, self.step.state, state)
+            with self.comm.busy("writing a checkpoint"):  # the one before, that is
+                self._checkpoint.save(run.steps, self.step.state, state)
+
+    def _save_and_wait(self, run: _Run) -> str:
+        """Returns on all ranks when it is on the disk; or why it is not."""
+        self._save(run)
+        with self.comm.busy("writing a checkpoint"):
+            failed = self._checkpoint.wait()
+        return self.comm.all_gather_object(failed)[0]
 
     def _end_early(self, run: _Run, preemption: Preemption) -> None:
         """All ranks come here after the same step, and none leaves before the checkpoint is on the disk."""
-        self._save(run)
-        failed = self.comm.all_gather_object(self._checkpoint.wait())[0]
+        failed = self._save_and_wait(run)
         if failed:
             raise DataError(f"asked to end, and {failed}: the training can go on from an older one alone")
         said = f"asked to end ({preemption.requested or 'on another rank'}): saved after step {run.steps}"

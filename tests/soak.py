@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -30,22 +31,28 @@ KINDS = ("SIGKILL of a rank", "SIGKILL of all ranks", "SIGTERM", "SIGKILL in the
 EXAMPLES, BATCH = 1437, 200
 
 
-def soak(folder: Path, kills: int, minutes: float, steps: int, seed: int = 0, say=lambda text: None) -> dict:
-    """Runs the training undisturbed and disturbed, and returns counts: kills by kind, lost, repeated, unreadable, different."""
-    draw, until = random.Random(seed), time.monotonic() + 60 * minutes
+def soak(
+    folder: Path, kills: int, minutes: float, steps: int, seed: int = 0, say: Callable[[str], None] = lambda text: None
+) -> dict:
+    """Runs the training undisturbed and disturbed, and returns counts: kills by kind, lost, repeated, unreadable, different.
+
+    Also how many optimizer steps the disturbed runs did, those that were done again included, and seconds.
+    """
+    begun = time.monotonic()
+    draw, until = random.Random(seed), begun + 60 * minutes
     whole, struck = folder / "whole", folder / "struck"
     for path in (whole, struck):
         path.mkdir(parents=True)
     assert _start(whole, steps, 0).wait() == 0
     done: collections.Counter[str] = collections.Counter()
-    unreadable = attempt = 0
+    unreadable = attempt = done_before = 0
     while True:
         over = sum(done.values()) >= kills or time.monotonic() > until
         job = _start(struck, steps, attempt)
         kind = KINDS[sum(done.values()) % len(KINDS)]
         hit = not over and _strike(job, struck, kind, draw)
         code = job.wait()
-        unreadable += _unreadable(struck / "checkpoints")
+        unreadable += _unreadable(struck / "checkpoints", say)
         attempt += 1
         if hit:
             done[kind] += 1
@@ -59,7 +66,7 @@ def soak(folder: Path, kills: int, minutes: float, steps: int, seed: int = 0, sa
             # It came to its end sooner than the signal: from the start again.
             raise AssertionError("the training was over before it could be struck: give it more steps")
         if not over and _newest(struck) > 0.8 * steps:
-            _begin_again(struck, whole, steps)
+            done_before += _begin_again(struck, whole, steps)
     lost, repeated = _count_examples(struck, steps)
     return {
         "kills": dict(done),
@@ -67,6 +74,8 @@ def soak(folder: Path, kills: int, minutes: float, steps: int, seed: int = 0, sa
         "repeated": repeated,
         "unreadable": unreadable,
         "different": _different(whole, struck, steps),
+        "steps": done_before + _steps(struck),
+        "seconds": round(time.monotonic() - begun),
     }
 
 
@@ -120,27 +129,38 @@ def _lines(folder: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in folder.glob("seen-*.jsonl"))
 
 
+def _steps(folder: Path) -> int:
+    """Done by rank 0."""
+    return len((folder / "seen-0.jsonl").read_text().splitlines())
+
+
 def _newest(folder: Path) -> int:
     return max((int(path.name[5:]) for path in folder.glob("checkpoints/step-*")), default=0)
 
 
-def _unreadable(folder: Path) -> int:
+def _unreadable(folder: Path, say: Callable[[str], None]) -> int:
     count = 0
     for path in folder.glob("step-*"):
         try:
             files.read_state(path)
-        except DataError:
+        except (DataError, OSError) as error:
+            say(f"unreadable: {error}")
             count += 1
     return count
 
 
-def _begin_again(struck: Path, whole: Path, steps: int) -> None:
-    """Lets a training that has nearly come to its end do so, checks it, and starts anew: there are more kills to come."""
+def _begin_again(struck: Path, whole: Path, steps: int) -> int:
+    """Lets a training that has nearly come to its end do so, checks it, and starts anew: there are more kills to come.
+
+    Returns the steps that it has done.
+    """
     assert _start(struck, steps, 10**6).wait() == 0
     assert _count_examples(struck, steps) == (0, 0)
     assert _different(whole, struck, steps) == 0
+    count = _steps(struck)
     shutil.rmtree(struck)
     struck.mkdir()
+    return count
 
 
 def _count_examples(folder: Path, steps: int) -> tuple[int, int]:

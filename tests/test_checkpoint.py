@@ -1,25 +1,36 @@
 """Checkpoints: a training that was interrupted goes on bit for bit, and nothing that happens to a disk loses what was saved."""
 
+import contextlib
 import functools
+import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
 
 import keras
 import numpy as np
+import problem
 import pytest
+import reference
 import tensorflow as tf
-from helpers import snapshot
+from helpers import relative_error, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import disttrain as dt
+from disttrain.checkpoint import checkpointer, files
 from disttrain.data.batches import Batches
 from disttrain.errors import ConfigError, DataError, Preempted
+from launch import launch, start
 
 EXAMPLES, EPOCHS = 29, 3  # of 8 examples: four batches, the last of five
 
@@ -122,6 +133,178 @@ def test_another_backend_and_number_of_replicas_may_go_on(local, two, tmp_path):
         np.testing.assert_array_equal(variable.numpy(), values.get_tensor(variable.path))
 
 
+def test_a_run_that_was_killed_goes_on_on_other_ranks_and_backends(local, tmp_path):
+    """Two ranks of Horovod are killed; three of MPI and one device go on: the update is that of one device all along."""
+    struck, steps = tmp_path / "struck", 12
+    with start("horovod", 2, "resume", struck, problem.STEPS, 0.1) as job:
+        job.wait_for_mark(1, "step 5", timeout=200)
+        os.kill(job.pid_of_rank(1), signal.SIGKILL)
+        assert job.wait(timeout=240).returncode != 0
+    shutil.copytree(struck, tmp_path / "alone")
+    result = launch("mpi", 3, "resume", struck, steps, 0, timeout=200).check()
+    begun = result.reports[0]["start"]
+    assert 3 <= begun < steps
+    with local.scope():
+        model, optimizer = problem.build(), problem.OPTIMIZERS["adam"]()
+    step = dt.TrainStep(model, optimizer, loss_fn=problem.losses, comm=local, jit=False)
+    alone = dt.Trainer(step, progress=False, checkpoint=dt.Checkpointer(tmp_path / "alone"))
+    assert alone.fit(problem.batches(29), steps=steps)["steps"] == steps
+    assert optimizer.iterations.numpy() == steps
+    assert step._calls == steps - begun
+    weights = list(
+        reference.train(problem.build(), problem.OPTIMIZERS["adam"](), problem.mean_loss, problem.batches(29)[:steps])
+    )
+    for arrays in result.arrays:
+        assert [arrays[str(i)].tobytes() for i in range(4)] == [result.arrays[0][str(i)].tobytes() for i in range(4)]
+    for ended in ([result.arrays[0][str(i)] for i in range(4)], [v.numpy() for v in model.trainable_variables]):
+        assert relative_error(ended, weights[0], weights[-1]) <= 1e-6
+
+
+# A save holds training up for a moment alone, and is of that moment --------------------------------------------------
+
+
+@pytest.fixture
+def held_back(monkeypatch):
+    """An event: nothing is written before it is set."""
+    gate, write = threading.Event(), files.write
+
+    def later(*args):
+        assert gate.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(files, "write", later)
+    yield gate
+    gate.set()
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("backend", ["local", "mirrored2"])
+def test_what_is_saved_is_of_the_moment(comms, tmp_path, held_back, backend, jit):
+    """Training goes on while the checkpoint is being written, its update compiled by XLA or not."""
+    trainer = make(comms[backend], width=300)
+    trainer.step._jit_setting = jit
+    trainer.step._prepare()
+    train(trainer, Batches(columns(), 8), steps=2)
+    checkpoint = dt.Checkpointer(tmp_path)
+    variables = checkpointer._named(trainer.step.state)  # Keras's, and TensorFlow's own
+    values = {name: v.numpy().tobytes() for name, v in variables.items()}
+    checkpoint.save(2, trainer.step.state, {})
+    train(trainer, Batches(columns(), 8), steps=3)
+    assert not list(tmp_path.iterdir())
+    held_back.set()
+    assert checkpoint.wait() == ""
+    moved = [name for name, v in variables.items() if v.numpy().tobytes() != values[name]]
+    assert len(moved) > len(values) - 3
+    saved = tf.train.load_checkpoint(tmp_path / "step-000000002" / "variables")
+    assert all(saved.get_tensor(name).tobytes() == value for name, value in values.items())
+
+
+def test_variables_may_be_changed_in_any_way_while_they_are_written(tmp_path, held_back):
+    """Assigned, added to, scattered into, updated by Keras's optimizers, whole or by rows, and by XLA."""
+    ways = {
+        "assign": lambda v: v.assign(tf.zeros_like(v)),
+        "assign_add": lambda v: v.assign_add(tf.ones_like(v)),
+        "scatter_update": lambda v: v.scatter_update(tf.IndexedSlices(tf.zeros([1, 400]), [1])),
+        "scatter_add": lambda v: v.scatter_add(tf.IndexedSlices(tf.ones([2, 400]), [0, 2])),
+        "in a function": tf.function(lambda v: v.assign_sub(tf.ones_like(v)), autograph=False),
+        "XLA": tf.function(lambda v: v.assign(2.0 * v + 1.0), autograph=False, jit_compile=True),
+        "slice": lambda v: v[1].assign(tf.zeros([400])),
+    }
+    variables = {name: tf.Variable(tf.random.normal([300, 400]), name=name.replace(" ", "_")) for name in ways}
+    before = {v.name.removesuffix(":0"): v.numpy() for v in variables.values()}
+    checkpoint = dt.Checkpointer(tmp_path)
+    checkpoint.save(1, list(variables.values()), {})
+    for _ in range(2):
+        for name, way in ways.items():
+            way(variables[name])
+    held_back.set()
+    assert checkpoint.wait() == ""
+    saved = tf.train.load_checkpoint(tmp_path / "step-000000001" / "variables")
+    for variable in variables.values():
+        name = variable.name.removesuffix(":0")
+        assert variable.numpy().tobytes() != before[name].tobytes(), name
+        assert saved.get_tensor(name).tobytes() == before[name].tobytes(), name
+
+
+def test_a_save_copies_nothing(tmp_path, held_back):
+    variable = tf.Variable(tf.zeros([50_000_000]), name="large")  # 200 MB
+    checkpoint = dt.Checkpointer(tmp_path)
+    start = time.perf_counter()
+    copied = np.array(variable.numpy())
+    copying, start = time.perf_counter() - start, time.perf_counter()
+    checkpoint.save(1, [variable], {})
+    assert time.perf_counter() - start < copying / 4
+    held_back.set()
+    checkpoint.wait()
+    saved = tf.train.load_checkpoint(tmp_path / "step-000000001" / "variables")
+    assert saved.get_tensor("large").tobytes() == copied.tobytes()
+
+
+def test_the_thread_that_writes_gives_way(tmp_path, monkeypatch):
+    seen = []
+    nice = lambda *args: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))  # noqa: E731
+    monkeypatch.setattr(files, "write", nice)
+    checkpoint = dt.Checkpointer(tmp_path)
+    checkpoint.save(1, [tf.Variable(1.0, name="x")], {})
+    checkpoint.wait()
+    assert seen == [os.getpriority(os.PRIO_PROCESS, 0) + 10]
+
+
+# For others to use -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["local", "mirrored2"])
+def test_export(comms, tmp_path, backend):
+    """The model of a checkpoint, read by plain Keras and served by plain TensorFlow."""
+    checkpoint = dt.Checkpointer(tmp_path / "checkpoints", every_steps=2)
+    trainer = make(comms[backend], checkpoint)
+    train(trainer, Batches(columns(), 8), steps=4)
+    x = columns()[0]
+    wanted = np.asarray(trainer.step.model(x))
+    fresh = make(comms[backend]).step.model
+    assert not np.allclose(fresh(x), wanted, atol=1e-3)
+    for name in ("model.keras", "served"):
+        assert checkpoint.export(fresh, tmp_path / "out" / name).folder.name == "step-000000004"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.keras", "served"]
+    script = (
+        "import keras, numpy as np, sys, tensorflow as tf; x = np.load(sys.argv[1]);"
+        "served = tf.saved_model.load(sys.argv[3]);"
+        "np.save(sys.argv[4], [keras.models.load_model(sys.argv[2])(x), served.serve(x)])"
+    )
+    np.save(tmp_path / "x.npy", x)
+    paths = [tmp_path / name for name in ("x.npy", "out/model.keras", "out/served", "seen.npy")]
+    subprocess.run(
+        [sys.executable, "-c", script, *map(str, paths)], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}
+    )
+    for seen in np.load(tmp_path / "seen.npy"):
+        np.testing.assert_allclose(seen, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_export_of_a_given_checkpoint_over_what_was_exported_before(local, saved, tmp_path):
+    checkpoint, model = dt.Checkpointer(saved[0]), make(local).step.model
+    for name in ("model.keras", "served"):
+        for step in (4, 2):
+            folder = saved[0] / f"step-{step:09d}"
+            checkpoint.export(model, tmp_path / name, checkpointer.Saved(folder, files.read_state(folder)))
+    values = tf.train.load_checkpoint(saved[0] / "step-000000002" / "variables")
+    kernel = values.get_tensor(model.layers[0].kernel.path)
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras").layers[0].kernel.numpy(), kernel)
+    np.testing.assert_array_equal(tf.saved_model.load(tmp_path / "served").variables[0].numpy(), kernel)
+
+
+def test_export_of_what_is_not_there(local, saved, tmp_path):
+    model = make(local).step.model
+    with pytest.raises(DataError, match=r"there is no whole checkpoint in \S+: nothing to export"):
+        dt.Checkpointer(tmp_path / "empty").export(model, tmp_path / "model.keras")
+    with pytest.raises(DataError, match=r"dense/kernel has shape \(6, 5\) in it and \(6, 7\) here"):
+        dt.Checkpointer(saved[0]).export(make(local, width=7).step.model, tmp_path / "model.keras")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match="the model has no variables yet"):
+        dt.Checkpointer(saved[0]).export(keras.Sequential([keras.layers.Dense(3)]), tmp_path / "model.keras")
+    with pytest.raises(DataError, match=r"cannot write \S+file/model.keras"):
+        dt.Checkpointer(saved[0]).export(model, tmp_path / "file" / "model.keras")
+
+
 # What may happen to files ----------------------------------------------------------------------------------------------
 
 
@@ -133,8 +316,19 @@ def damage(folder, how):
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
         data.write_bytes(content)
-    elif how == "a file missing":
+    elif how == "a shard missing":
         data.unlink()
+    elif how == "the index missing":
+        (folder / "variables.index").unlink()
+    elif how == "a byte of the index flipped":
+        content = bytearray((folder / "variables.index").read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / "variables.index").write_bytes(content)
+    elif how == "a byte more":
+        data.write_bytes(data.read_bytes() + b"0")
+    elif how == "all of it gone":
+        for path in folder.iterdir():
+            path.unlink()
     elif how == "state missing":
         state.unlink()
     elif how == "state changed":
@@ -150,7 +344,13 @@ def saved(comms, tmp_path_factory):
     return folder, snapshot(*trainer.step.state)
 
 
-@pytest.mark.parametrize("how", ["truncated", "a byte flipped", "a file missing", "state missing", "state changed"])
+DAMAGES = [
+    *("truncated", "a byte flipped", "a byte more", "a shard missing", "the index missing"),
+    *("a byte of the index flipped", "state missing", "state changed", "all of it gone"),
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, caplog, how):
     shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
     content = lambda: [path.read_bytes() for path in sorted((tmp_path / "step-000000004").iterdir())]  # noqa: E731
@@ -160,6 +360,7 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path, caplog, how):
     with caplog.at_level(logging.WARNING, "disttrain"):
         found = dt.Checkpointer(tmp_path).latest()
     assert found.folder.name == "step-000000002"
+    assert len(caplog.records) == 1
     assert re.search(r"the checkpoint of step 4 is passed over: \S+ (has changed since|is not a whole)", caplog.text)
 
 
@@ -175,20 +376,186 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(local, saved, tmp_pa
 def test_a_full_disk_costs_a_warning(local, tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with caplog.at_level(logging.WARNING, "disttrain"):
             train(make(local, dt.Checkpointer(disk, every_steps=1)), Batches(columns(), 8), steps=2)
             assert caplog.text == ""
-            (disk / "ballast").write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+            if mounted:
+                (disk / "ballast").write_bytes(b"x" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+            else:  # a machine on which nobody may mount: a file that cannot grow
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
             said = train(make(local, dt.Checkpointer(disk, every_steps=1)), Batches(columns(), 8), steps=4)
         assert said["steps"] == 4
-        assert re.search(r"no checkpoint of step 3 in \S+ \(.*No space left on device\); training goes on, the last one is \S+2$",
-                         caplog.text, re.MULTILINE)  # fmt: skip
-        assert sorted(path.name for path in disk.iterdir()) == ["ballast", "step-000000001", "step-000000002"]
+        reason = r"\(.*(?:No space left on device|File too large)\)"
+        warning = rf"no checkpoint of step 3 in \S+ {reason}; training goes on, the last one is \S+2$"
+        assert re.search(warning, caplog.text, re.MULTILINE)
+        left = ["step-000000001", "step-000000002"]
+        assert sorted(path.name for path in disk.iterdir()) == ["ballast"] * mounted + left
         assert dt.Checkpointer(disk).latest().folder.name == "step-000000002"
     finally:
-        subprocess.run(["umount", disk], check=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if mounted:
+            subprocess.run(["umount", disk], check=True)
+
+
+@contextlib.contextmanager
+def somebody_else():
+    """Files are somebody else's within it: root may do anything otherwise."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """As a disk is that was mounted so, or that the kernel has given up on."""
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False).returncode:
+        with no_permission(folder):  # a machine on which nobody may mount
+            yield
+        return
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def no_permission(folder):
+    folder.chmod(0o555)
+    with somebody_else():
+        yield
+    folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("cannot", [read_only, no_permission])
+def test_a_folder_that_may_not_be_written_costs_a_warning(local, saved, caplog, cannot):
+    """Training goes on, the old checkpoints are as they were, and the end says what was not saved."""
+    with tempfile.TemporaryDirectory() as name:  # not pytest's: those are closed to somebody else
+        Path(name).chmod(0o755)
+        folder = Path(name) / "checkpoints"
+        shutil.copytree(saved[0], folder)
+        content = lambda: {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}  # noqa: E731
+        before, trainer = content(), make(local, dt.Checkpointer(folder, every_steps=2))
+        with cannot(folder), caplog.at_level(logging.WARNING, "disttrain"):
+            said = train(trainer, Batches(columns(), 8), steps=7)
+        assert content() == before
+    assert said["steps"] == 7
+    assert re.match(r"no checkpoint of step 7 in \S+ \((Read-only file system|Permission denied)\)$", said["unsaved"])
+    first, last, end = (record.getMessage() for record in caplog.records)
+    assert re.match(
+        r"no checkpoint of step 6 in \S+ \(.*\); training goes on, the last one is \S+step-000000004$", first
+    )
+    assert re.match(r"no checkpoint of step 7 in", last)
+    assert re.match(r"the training is done, but no checkpoint of step 7 in .*: save the model elsewhere$", end)
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_one(local, saved):
+    """Nobody would want a training to start anew because of that."""
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copytree(saved[0], Path(name) / "checkpoints")
+        Path(name).chmod(0o000)
+        trainer = make(local, dt.Checkpointer(Path(name) / "checkpoints"))
+        with (
+            somebody_else(),
+            pytest.raises(DataError, match=r"cannot look for checkpoints in \S+ \(Permission denied\)"),
+        ):
+            train(trainer, Batches(columns(), 8), steps=5)
+        Path(name).chmod(0o700)
+
+
+def test_a_disk_that_is_full_at_the_end_is_no_success(tmp_path):
+    """`disttrain train` saves the model, and says with its exit code that the training cannot be made longer."""
+    (tmp_path / "checkpoints").write_text("no folder")
+    words = ["train", "digits", "--steps", "2", "--backend", "local", "--resume", "auto", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "disttrain.cli", *words], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^disttrain: error: no checkpoint of step 2 in .*though the training is done", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+    assert keras.models.load_model(tmp_path / "digits.keras").count_params() > 0
+    assert json.loads((tmp_path / "summary.json").read_text())["unsaved"].startswith("no checkpoint of step 2 in")
+
+
+def test_what_killed_runs_have_left_is_taken_away(local, saved, tmp_path):
+    """When a training saves there, not when somebody looks; and what this process is writing stays."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "step-000000004", tmp_path / ".step-000000004.old")
+    for step in (1, 9):
+        (tmp_path / f".step-{step:09d}.partial").mkdir()
+    (tmp_path / ".step-000000001.gone").mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert dt.Checkpointer(tmp_path).latest().folder.name == "step-000000004"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    files._being_written.add(tmp_path / ".step-000000009.partial")
+    try:
+        train(make(local, dt.Checkpointer(tmp_path)), Batches(columns(), 8), steps=5)
+    finally:
+        files._being_written.clear()
+    left = [".step-000000009.partial", "step-000000002", "step-000000004", "step-000000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_checkpoint_that_is_being_taken_away_is_none(local, saved, tmp_path, caplog, monkeypatch):
+    """A process that is killed meanwhile leaves half of it."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+
+    def killed(folder, **options):
+        for path in folder.glob("variables*"):
+            path.unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    files.remove(tmp_path / "step-000000002")
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-000000002.gone", "step-000000004"]
+    assert [step for step, _ in files.find(tmp_path)] == [4]
+    train(make(local, dt.Checkpointer(tmp_path)), Batches(columns(), 8), steps=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000004", "step-000000005"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(local, saved, tmp_path):
+    """The new one was not there yet when the old one of the same step had left its place."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "step-000000002")
+    (tmp_path / "step-000000004").rename(tmp_path / ".step-000000004.old")
+    shutil.copytree(tmp_path / ".step-000000004.old", tmp_path / ".step-000000004.partial")
+    found = dt.Checkpointer(tmp_path).latest()
+    assert (found.folder.name, found.state["run"]["steps"]) == (".step-000000004.old", 4)
+    again = make(local, dt.Checkpointer(tmp_path, keep=2))
+    train(again, Batches(columns(), 8), steps=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000004", "step-000000005"]
+    assert dt.Checkpointer(tmp_path / "..").latest() is None
+    assert files.read_state(tmp_path / "step-000000004")["run"]["steps"] == 4
+
+
+def test_what_merely_could_not_be_read_is_not_taken_away(local, saved, tmp_path, caplog, monkeypatch):
+    """A disk that fails for a moment: the one before is taken, and the newer one stays."""
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    read = files._checksum
+
+    def failing(path):
+        if path.parent.name == "step-000000004":
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(files, "_checksum", failing)
+    checkpoint = dt.Checkpointer(tmp_path)
+    with caplog.at_level(logging.WARNING, "disttrain"):
+        assert checkpoint.latest().folder.name == "step-000000002"
+    assert re.search(r"the checkpoint of step 4 is passed over: \S+ cannot be read \(.*Input/output error", caplog.text)
+    monkeypatch.undo()
+    checkpoint.save(3, [tf.Variable(1.0, name="x")], {})
+    checkpoint.wait()
+    assert dt.Checkpointer(tmp_path).latest().folder.name == "step-000000004"
 
 
 def test_a_folder_that_cannot_be_is_a_warning(local, tmp_path, caplog):

@@ -144,6 +144,18 @@ def test_wrong_usage_says_what_is_right(tmp_path):
     assert "--epochs and --steps: give one of the two" in said
 
 
+def test_bench_checkpoint(tmp_path):
+    said, _ = run("bench", "checkpoint", "--millions", 1, "--saves", 2, "--out", tmp_path, folder=tmp_path)
+    assert "by the call" in said
+    row = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert 0.5e6 < row["parameters"] < 2e6
+    assert 12 * row["parameters"] < row["bytes"] < 13 * row["parameters"]  # weights and Adam's two slots
+    assert row["steps"] >= 2
+    assert row["held_up"] == pytest.approx(row["call"] + row["steps_during"])
+    assert row["mb_per_s"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"]
+
+
 def test_bench_step(tmp_path):
     said, _ = run("bench", "step", "--model", "cnn", "--rounds", 5, "--out", tmp_path, folder=tmp_path)
     assert "TrainStep" in said

@@ -318,6 +318,19 @@ def test_a_rank_that_falls_behind_ends_all(engine, victim):
     assert re.search(said, result.output)
 
 
+def test_a_busy_rank_has_time_as_long_as_it_is_busy():
+    result, seconds = strike("mpi", "busy", 0, stall_timeout=STALL_TIMEOUT)
+    assert 3 * STALL_TIMEOUT - 2 < seconds < 2 * STALL_TIMEOUT + STALLED
+    assert re.search(rf"{named(1)} has waited .*: {named(0)} has not come there, it was past", result.output)
+
+
+@pytest.mark.parametrize("engine", ["horovod", "multiworker"])
+def test_checkpoints_may_take_longer_than_ranks_are_patient(engine, tmp_path):
+    """Writing, looking for, and reading them: each sleeps for longer than stall_timeout."""
+    result = launch(engine, 2, "busy", tmp_path, 2, 3, timeout=200).check()
+    assert [report["steps"] for report in result.reports] == [[2, 3]] * 2
+
+
 @pytest.mark.parametrize(("engine", "first"), [("horovod", 1), ("mpi", 0), ("multiworker", 0)])
 def test_a_rank_may_end_when_nobody_needs_it(engine, first):
     result = launch(engine, 2, "fault_early", first, timeout=300).check()

@@ -71,6 +71,47 @@ def step(models: tuple[str, ...], rounds: int, engine: str | None, ranks: int, m
 
 
 @bench.command()
+@click.option("--millions", type=click.IntRange(min=1), default=100, show_default=True, help="Parameters of the model.")
+@click.option("--saves", type=click.IntRange(min=2), default=7, show_default=True, help="Checkpoints that are timed.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/bench"),
+    show_default=True,
+    help="Folder for checkpoint.json, and for the checkpoints meanwhile.",
+)
+def checkpoint(millions: int, saves: int, out: Path) -> None:
+    """How long a training is held up while a checkpoint is written."""
+    from disttrain.cli.quiet import import_tensorflow
+
+    import_tensorflow()
+    import tempfile
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from disttrain.bench.checkpoint import compare_checkpoint
+    from disttrain.observe.summary import make_folder
+
+    folder = make_folder(out)
+    console = Console()
+    with console.status("timing"), tempfile.TemporaryDirectory(dir=folder) as checkpoints:
+        row = compare_checkpoint(millions, saves, Path(checkpoints))
+    table = Table("held up", "ms", "of a step", title=f"transformer, {row['parameters'] / 1e6:.1f} M parameters, Adam")
+    for label, name in (("by the call", "call"), ("in the steps meanwhile", "steps_during"), ("together", "held_up")):
+        table.add_row(label, f"{row[name] * row['step_ms']:.1f}", f"{row[name]:.4f}")
+    console.print(table)
+    console.print(
+        f"a step: {row['step_ms']:.0f} ms without a write ({row['spread']:.0%} between quarters), "
+        f"{row['steps']} steps during {saves} writes\n"
+        f"a write: {row['write_s']:.1f} s for {row['bytes'] / 1e6:.0f} MB, {row['mb_per_s']:.0f} MB/s"
+    )
+    path = folder / "checkpoint.json"
+    path.write_text(json.dumps(row, indent=2) + "\n")
+    console.print(f"results: {path}")
+
+
+@bench.command()
 @click.option(
     "--engine",
     "engines",

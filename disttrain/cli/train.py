@@ -114,6 +114,7 @@ def _run(name: str, options: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
+    from disttrain.errors import DataError
     from disttrain.examples.config import TrainConfig
     from disttrain.observe.summary import make_folder, write_summary
 
@@ -131,6 +132,10 @@ def _run(name: str, options: dict[str, Any]) -> None:
     model.save(model_path)
     summary = write_summary(folder, {"example": name, **numbers, "config": config.as_dict()})
     _report(numbers, model_path, summary)
+    if numbers.get("unsaved"):
+        raise DataError(
+            f"{numbers['unsaved']}, though the training is done: its model is {model_path}, but it cannot be made longer"
+        )
 
 
 def _report(numbers: dict[str, Any], model: Path, summary: Path) -> None:

@@ -95,5 +95,8 @@ class Communicator(Protocol):
     def waiting(self, what: str) -> AbstractContextManager:
         """Within it this worker is in a collective or on its way there; `what` says which, should others wait in vain."""
 
+    def busy(self, what: str) -> AbstractContextManager:
+        """Within it the others may wait for this worker longer than `stall_timeout`; `what` says for what, should it stop."""
+
     def close(self) -> None:
         """Leaves the group. The communicator cannot be used afterwards."""

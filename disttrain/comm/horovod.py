@@ -41,9 +41,10 @@ class HorovodCommunicator(OneReplica):
     def __init__(self, wire: buckets.Wire, stall_timeout: float | None):
         self._hvd, self._ops = _import()
         if stall_timeout:
-            # Horovod's own guard knows tensors that some ranks have not sent. The watchdog knows ranks, and comes first.
+            # Horovod's own guard knows tensors that some ranks have not sent, and not which rank is busy with a checkpoint. The
+            # watchdog knows ranks, and comes first.
             os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, int(stall_timeout / 2))))
-            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(2 * max(2, int(stall_timeout))))
+            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(10 * max(2, int(stall_timeout))))
         devices.yield_while_waiting()
         _do_not_copy_on_one_host()
         self._hvd.init()
@@ -92,6 +93,9 @@ class HorovodCommunicator(OneReplica):
 
     def waiting(self, what):
         return self._watchdog.waiting(what) if self._watchdog else super().waiting(what)
+
+    def busy(self, what):
+        return self._watchdog.busy(what) if self._watchdog else super().busy(what)
 
     def close(self):
         if self._watchdog:

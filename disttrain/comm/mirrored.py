@@ -99,6 +99,9 @@ class MirroredCommunicator:
     def waiting(self, what):
         return contextlib.nullcontext()
 
+    def busy(self, what):
+        return contextlib.nullcontext()
+
     def close(self):
         pass
 

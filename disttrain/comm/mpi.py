@@ -101,6 +101,9 @@ class MpiCommunicator(OneReplica):
     def waiting(self, what):
         return self._watchdog.waiting(what) if self._watchdog else super().waiting(what)
 
+    def busy(self, what):
+        return self._watchdog.busy(what) if self._watchdog else super().busy(what)
+
     def close(self):
         if self._watchdog:
             self._watchdog.close()

@@ -11,6 +11,7 @@ import base64
 import collections
 import functools
 import json
+import math
 import os
 import pickle
 import time
@@ -124,6 +125,9 @@ class MultiWorkerCommunicator(OneReplica):
     def waiting(self, what):
         return self._watchdog.waiting(what) if self._watchdog else super().waiting(what)
 
+    def busy(self, what):
+        return self._watchdog.busy(what) if self._watchdog else super().busy(what)
+
     def close(self):
         self.barrier()
         if self._watchdog:
@@ -150,7 +154,8 @@ class MultiWorkerCommunicator(OneReplica):
         return f"disttrain/{exchange or self._exchanges}/{rank}"
 
     def _get(self, store, rank: int) -> str:
-        until = time.monotonic() + (self._timeout or 600)
+        # Once there is a watchdog it knows better: a rank that does not come may be busy.
+        until = math.inf if self._watchdog else time.monotonic() + (self._timeout or 600)
         while True:
             try:
                 return store.get_config_key_value(self._key(rank), _POLL_MS)

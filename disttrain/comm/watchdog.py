@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import secrets
 import selectors
@@ -57,6 +58,7 @@ class Watchdog:
     def __init__(self, rank: int, exchange: Callable[[Any], list], stall_timeout: float):
         self.rank, self.stall_timeout = rank, stall_timeout
         self._count, self._depth, self._what, self._since = 0, 0, "the start", time.monotonic()
+        self._busy: list[str] = []
         self._lock, self._told = threading.Lock(), threading.Event()
         self._closing = self._raising = False
         self._tick = min(1.0, stall_timeout / 4)
@@ -77,6 +79,17 @@ class Watchdog:
             yield
         finally:
             self._note(-1, what)
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Within it, the others may wait for this rank as long as it answers: `what` says for what, for a person."""
+        with self._lock:
+            self._busy.append(what)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.remove(what)
 
     def close(self) -> None:
         """Says good-bye; from now on this rank may end without taking the others with it."""
@@ -137,6 +150,7 @@ class Watchdog:
     def _beat(self) -> None:
         with self._lock:
             state = {"count": self._count, "inside": self._depth > 0, "what": self._what, "since": self._since}
+            state["busy"] = self._busy[-1] if self._busy else ""
         self._send(kind="beat", seconds=time.monotonic() - state.pop("since"), **state)
 
     def _where(self) -> str:
@@ -291,7 +305,8 @@ class _Server:
                 return said, rank.process.rank
         if front and front.waited(now) > self._timeout:
             behind = [r for r in self._ranks if r.count < front.count]
-            if behind:
+            # One that was busy has as long as ever from then on.
+            if behind and now - max(r.busy_until for r in behind) > self._timeout:
                 said = "; ".join(f"{r.process} has not come there, it was {r.place()}" for r in behind)
                 return f"{front.process} has waited for {self._timeout:g} s in {front.what}: {said}", None
         return None
@@ -310,8 +325,9 @@ class _Rank:
         self.line: socket.socket | None = None
         self.left = self.gone = self.inside = False
         self.raised: str | None = None
-        self.count, self.what = 0, "the start"
+        self.count, self.what, self.busy = 0, "the start", ""
         self.heard = self.since = time.monotonic()
+        self.busy_until = -math.inf
 
     def hear(self, message: dict) -> None:
         self.heard = time.monotonic()
@@ -322,11 +338,15 @@ class _Rank:
         elif message["kind"] == "beat":
             self.count, self.inside, self.what = message["count"], message["inside"], message["what"]
             self.since = self.heard - message["seconds"]
+            self.busy = message["busy"]
+            self.busy_until = self.heard if self.busy else self.busy_until
 
     def waited(self, now: float) -> float:
         return now - self.since
 
     def place(self) -> str:
+        if self.busy:
+            return f"busy with {self.busy}"
         return f"in {self.what}" if self.inside else f"past {self.what}"
 
 

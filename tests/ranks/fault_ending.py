@@ -20,7 +20,10 @@ def fault():
         raise ValueError("a mistake in the loop")
     if FAULT == "exit":
         sys.exit(3)
-    if FAULT == "sleep":
+    if FAULT == "busy":  # for longer than the others are patient otherwise, and then gone astray
+        with comm.busy("an errand"):
+            time.sleep(2 * STALL_TIMEOUT)
+    if FAULT in ("sleep", "busy"):
         time.sleep(1000)
 
 
