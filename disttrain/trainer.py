@@ -15,6 +15,7 @@ from disttrain.checkpoint import Checkpointer, Preemption, Saved
 from disttrain.errors import ConfigError, DataError, Preempted
 from disttrain.gradients.program import Program
 from disttrain.gradients.tape import count_examples
+from disttrain.observe.health import Health
 from disttrain.observe.progress import Progress
 from disttrain.step import TrainStep
 from disttrain.types import Loss, StepOutput, as_loss
@@ -48,6 +49,9 @@ class Trainer:
     ) -> dict[str, Any]:
         """Trains.
 
+        Warns, once of each, of a rank that holds up the others by more than 10 % of a step, and of data that is waited for
+        more than 10 % of the time: looked at every ten seconds or ten steps, whichever is later, and at the end.
+
         Args:
           dataset: global batches: a `disttrain.data.Batches`, a `tf.data.Dataset`, or any iterable that can be gone through
             once for each epoch. Should workers have more or fewer of them, those that are done take part with no examples
@@ -61,7 +65,10 @@ class Trainer:
         Returns:
           steps, skipped (steps that were not applied), epochs, examples, seconds, examples_per_second (without the first
           step, which traces and compiles), grad_norm (of the last step), train and, where asked for, validation: name ->
-          mean over the last epoch, "loss" among them.
+          mean over the last epoch, "loss" among them. Of this process's steps, without those that traced or compiled:
+          input_share, the share of the time that ranks wait for data (the one in the middle), and ranks, for each its rank,
+          host, steps, and per step the mean step_seconds, waited_seconds in the all-reduce (part of these; the rank that
+          waits least is the slowest), input_seconds and between_seconds (saving, showing).
 
         Raises:
           ConfigError: both epochs and steps are given, or one is not a whole number of 1 or more; or there is a checkpoint
@@ -75,7 +82,7 @@ class Trainer:
         for name, value in (("epochs", epochs), ("steps", steps)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: a whole number of 1 or more is wanted")
-        run, saved = _Run(), self._newest()
+        run, saved = _Run(Health(self.comm.rank, self.comm.all_gather_object)), self._newest()
         if saved:
             self._go_on(saved, dataset, run)
         with Preemption() if self._checkpoint else contextlib.nullcontext(Preemption()) as preemption:
@@ -86,7 +93,7 @@ class Trainer:
             if self._checkpoint and run.moved:
                 self._save(run)
                 self._checkpoint.wait()  # it has said so where it could not: what was trained is still here
-            summary = run.summary()
+            summary = run.summary() | run.health.summary()
             if validation is not None:  # asked to end by now, it is better brought to its end than begun again
                 summary["validation"] = self.evaluate(validation)
         return summary
@@ -116,10 +123,11 @@ class Trainer:
         lengths = self.comm.all_gather_object(_length(batches))
         if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
             batches = itertools.chain(batches, itertools.repeat(None))
-        for batch in batches:
+        for batch in run.health.reading(batches):
             out = self.step(batch, stop=bool(preemption.requested))
             if out.live == 0:
                 break
+            run.health.add(out)
             run.add(out)
             progress.advance(out, run.speed())
             if out.stop:
@@ -235,7 +243,8 @@ class _Means:
 class _Run:
     """What a call of `fit` has done so far, in earlier processes that it goes on from, too."""
 
-    def __init__(self):
+    def __init__(self, health: Health):
+        self.health = health
         self.steps = self.skipped = self.epochs = self.batches = 0  # whole epochs, and batches of the one after them
         self.examples, self.grad_norm = 0.0, 0.0
         self.moved = False
