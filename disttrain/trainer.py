@@ -82,18 +82,19 @@ class Trainer:
         for name, value in (("epochs", epochs), ("steps", steps)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: a whole number of 1 or more is wanted")
-        run, saved = _Run(Health(self.comm.rank, self.comm.all_gather_object)), self._newest()
+        run, saved = _Run(), self._newest()
+        health = Health(self.comm.rank, self.comm.all_gather_object)
         if saved:
             self._go_on(saved, dataset, run)
         with Preemption() if self._checkpoint else contextlib.nullcontext(Preemption()) as preemption:
             total = self._total(dataset, epochs, steps)
             with Progress(title, total, run.steps, enabled=self._shows_progress) as progress:
                 while run.epochs < (epochs or 1) if steps is None else run.steps < steps:
-                    self._epoch(dataset, run, progress, steps, preemption)
+                    self._epoch(dataset, run, health, progress, steps, preemption)
             if self._checkpoint and run.moved:
                 self._save(run)
                 self._checkpoint.wait()  # it has said so where it could not: what was trained is still here
-            summary = run.summary() | run.health.summary()
+            summary = run.summary() | health.summary()
             if validation is not None:  # asked to end by now, it is better brought to its end than begun again
                 summary["validation"] = self.evaluate(validation)
         return summary
@@ -117,18 +118,24 @@ class Trainer:
         return everyone.means()
 
     def _epoch(
-        self, dataset: Iterable, run: _Run, progress: Progress, steps: int | None, preemption: Preemption
+        self,
+        dataset: Iterable,
+        run: _Run,
+        health: Health,
+        progress: Progress,
+        steps: int | None,
+        preemption: Preemption,
     ) -> None:
         batches = self.comm.distribute(_of_epoch(dataset, run.epochs, run.batches))
         lengths = self.comm.all_gather_object(_length(batches))
         if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
             batches = itertools.chain(batches, itertools.repeat(None))
-        for batch in run.health.reading(batches):
+        for batch in health.reading(batches):
             out = self.step(batch, stop=bool(preemption.requested))
             if out.live == 0:
                 break
-            run.health.add(out)
             run.add(out)
+            health.add(out)
             progress.advance(out, run.speed())
             if out.stop:
                 self._end_early(run, preemption)
@@ -243,8 +250,7 @@ class _Means:
 class _Run:
     """What a call of `fit` has done so far, in earlier processes that it goes on from, too."""
 
-    def __init__(self, health: Health):
-        self.health = health
+    def __init__(self):
         self.steps = self.skipped = self.epochs = self.batches = 0  # whole epochs, and batches of the one after them
         self.examples, self.grad_norm = 0.0, 0.0
         self.moved = False
