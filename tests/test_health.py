@@ -1,16 +1,18 @@
 """Which rank is slow and in what, and whether training waits for data: by given numbers, and in real processes."""
 
+import dataclasses
 import logging
 import re
 import socket
 import time
+from types import SimpleNamespace
 
 import keras
 import pytest
 import tensorflow as tf
 
 import disttrain as dt
-from disttrain.observe.health import Times, find, input_share, table
+from disttrain.observe.health import Health, Times, find, input_share, table
 from launch import launch
 
 
@@ -27,7 +29,7 @@ def said(*ranks):
 def test_a_rank_with_slow_input_is_named_with_it():
     ranks = rank(0, step=120, waited=50), rank(1, step=70, waited=0, given=50), rank(2, step=120, waited=48)
     assert said(*ranks) == [
-        "rank 1 on h1 holds up every step by 48 ms, 40% of it: by itself it takes 120 ms where others take 72 ms. "
+        "rank 1 on h1 holds up every step by 48 ms, 40 % of it: by itself it takes 120 ms where others take 72 ms. "
         "Its input is slow: 50 ms where others take 0.0 ms"
     ]
     assert input_share(ranks) == 0.0  # it is one rank's, not everybody's
@@ -35,7 +37,7 @@ def test_a_rank_with_slow_input_is_named_with_it():
 
 def test_a_rank_that_computes_slowly_is_named_with_it():
     (sentence,) = said(rank(0, step=120, waited=30, given=2), rank(1, step=120, waited=5, given=2))
-    assert sentence.startswith("rank 1 on h1 holds up every step by 25 ms, 20% of it")
+    assert sentence.startswith("rank 1 on h1 holds up every step by 25 ms, 20 % of it")
     assert sentence.endswith("Its computing is slow: 115 ms where others take 90 ms")
 
 
@@ -59,13 +61,13 @@ def test_one_of_many_is_held_against_the_one_in_the_middle():
         rank(i, step=100, waited=w) for i, w in ((3, 10), (4, 8))
     ]
     (sentence,) = said(*ranks)
-    assert sentence.startswith("rank 4 on h4 holds up every step by 22 ms, 22% of it: by itself it takes 92 ms where")
+    assert sentence.startswith("rank 4 on h4 holds up every step by 22 ms, 22 % of it: by itself it takes 92 ms where")
 
 
 def test_input_bound():
     ranks = rank(0, step=65, waited=5, given=35), rank(1, step=60, waited=5, given=40)
     assert said(*ranks) == [
-        "input-bound: training waits 35% of the time for data, 35 ms for each batch; cache or prefetch it, or prepare it "
+        "input-bound: training waits 35 % of the time for data, 35 ms for each batch; cache or prefetch it, or prepare it "
         "in parallel"
     ]
     assert input_share(ranks) == pytest.approx(0.35)
@@ -137,6 +139,22 @@ def test_ranks_with_different_numbers_of_batches_compare_together(reports):
     assert {row["steps"] for row in reports[0]["uneven"]["ranks"]} == {steps - 1}
 
 
+def test_ranks_compare_every_ten_seconds_or_ten_steps():
+    """Whichever is later: a thousand short steps are compared once, before it is known how short they are."""
+    for seconds, steps, wanted in ((0.0, 1000, 1), (0.6, 30, 2)):
+        gathered = []
+
+        def gather(times, gathered=gathered, seconds=seconds):
+            gathered.append(times)
+            return [dataclasses.replace(times, seconds=times.seconds + seconds * times.steps)]
+
+        health = Health(0, gather)
+        for _ in health.reading(range(steps)):
+            health.add(SimpleNamespace(traced=False, waited=0.0))
+        assert [times.steps for times in gathered] == [10, 17][:wanted]
+        assert health.summary()["ranks"][0]["steps"] == steps
+
+
 def fit(local, batches, steps):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     loss = dt.losses.mean_squared_error()
@@ -155,7 +173,7 @@ def test_a_training_that_waits_for_data_is_told_so_once(local, caplog):
     with caplog.at_level(logging.WARNING, "disttrain"):
         summary = fit(local, batches(0.25), 21)
     (record,) = [record.getMessage() for record in caplog.records if record.name == "disttrain"]
-    assert re.match(r"input-bound: training waits 9\d% of the time for data, 25\d ms for each batch", record)
+    assert re.match(r"input-bound: training waits 9\d % of the time for data, 25\d ms for each batch", record)
     (row,) = summary["ranks"]
     assert (row["rank"], row["steps"], row["waited_seconds"]) == (0, 20, 0.0)
     assert row["input_seconds"] == pytest.approx(0.25, abs=0.05)

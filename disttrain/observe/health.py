@@ -123,9 +123,9 @@ def _slow_rank(ranks: Sequence[Times]) -> list[Finding]:
         return []
     part = max(_SLOW, key=lambda part: slowest.per_step(part) - _usual(ranks, part))
     said = (
-        f"rank {slowest.rank} on {slowest.host} holds up every step by {_ms(own - usual)}, {share:.0%} of it: by itself it takes "
-        f"{_ms(own)} where others take {_ms(usual)}. {_SLOW[part]}: {_ms(slowest.per_step(part))} where others take "
-        f"{_ms(_usual(ranks, part))}"
+        f"rank {slowest.rank} on {slowest.host} holds up every step by {_ms(own - usual)}, {100 * share:.0f} % of it: "
+        f"by itself it takes {_ms(own)} where others take {_ms(usual)}. "
+        f"{_SLOW[part]}: {_ms(slowest.per_step(part))} where others take {_ms(_usual(ranks, part))}"
     )
     return [Finding(("slow", slowest.rank, part), said)]
 
@@ -135,7 +135,7 @@ def _input_bound(ranks: Sequence[Times]) -> list[Finding]:
     if share <= _WORTH_SAYING:
         return []
     said = (
-        f"input-bound: training waits {share:.0%} of the time for data, {_ms(_usual(ranks, 'input'))} for each batch; "
+        f"input-bound: training waits {100 * share:.0f} % of the time for data, {_ms(_usual(ranks, 'input'))} for each batch; "
         "cache or prefetch it, or prepare it in parallel"
     )
     return [Finding(("input-bound",), said)]
