@@ -151,12 +151,15 @@ class TrainStep:
         plan = self._jit.plan(shape)
         start = time.perf_counter()
         try:
-            report = self._program(plan)((mine, tf.constant([float(self._live), float(stop)])))
+            program = self._program(plan)
+            made = program.traces, program.shapes
+            report = program((mine, tf.constant([float(self._live), float(stop)])))
             applied = bool(report["applied"])
         except tf.errors.OpError as error:
             if not self._jit.give_up(plan, error):
                 raise
             return self._do(shares, stop)
+        traced = program.traces > made[0] or (plan.tape == "xla" and program.shapes > made[1])
         self._jit.record(plan, shape, time.perf_counter() - start)
         if not applied and any(report["unforeseen"].numpy()):
             self._forget_programs()
@@ -176,6 +179,8 @@ class TrainStep:
             examples=report["examples"],
             live=int(report["live"]),
             stop=bool(report["stop"]),
+            waited=float(report["waited"]),
+            traced=traced,
         )
 
     def join(self) -> int:
@@ -242,11 +247,11 @@ class TrainStep:
         if self.before_reduce:
             gradients = self._transform_own(gradients, variables, local.scalars)
 
-        sums, flags = self._sum_over_replicas(local._replace(gradients=gradients), flags)
+        sums, flags, waited = self._sum_over_replicas(local._replace(gradients=gradients), flags)
 
         gradients = [tf.cast(g, v.dtype) for g, v in zip(sums.gradients, variables, strict=True)]
         gradients = [sparse.deduplicate(g) for g in self._divide(gradients, sums.scalars)]
-        return gradients, sums.statistics, self._report(gradients, sums.scalars, flags)
+        return gradients, sums.statistics, {**self._report(gradients, sums.scalars, flags), "waited": waited}
 
     def _apply(self, gradients: list, statistics: list, reached: list[bool]) -> None:
         """The same gradient on every replica: transform it, apply it, and move the model's own state on."""
@@ -279,10 +284,14 @@ class TrainStep:
         factor = self._divisor(scalars)
         return [sparse.map_values(lambda x: x * tf.cast(factor, x.dtype), g) for g in means]
 
-    def _sum_over_replicas(self, local: Sums, flags: dict) -> tuple[Sums, dict]:
-        """One all-reduce for everything: weights, losses, metrics and flags ride along with the gradients."""
+    def _sum_over_replicas(self, local: Sums, flags: dict) -> tuple[Sums, dict, tf.Tensor]:
+        """One all-reduce for everything: weights, losses, metrics and flags ride along with the gradients.
+
+        Also returns the seconds from this worker's last gradient to the end of the all-reduce; 0 where there is no other.
+        """
         if self.comm.size == 1:
-            return local, flags
+            return local, flags, tf.constant(0.0, tf.float64)
+        ready = self._time_of(local.gradients, flags["broken"])
         examples, chief = local.scalars["examples"], self.comm.replica_id() == 0
         # Moments average by number of examples; a counter is taken from the first replica.
         shares = [s * tf.cast(examples, s.dtype) if s.dtype.is_floating else s * int(chief) for s in local.statistics]
@@ -291,9 +300,24 @@ class TrainStep:
         count = len(tf.nest.flatten(riders))
         reduced = self.comm.all_reduce([*tf.nest.flatten(riders), *local.gradients], "sum")
         scalars, flags, shares = tf.nest.pack_sequence_as(riders, reduced[:count])
+        waited = self._time_of(reduced, flags["live"]) - ready
         divide = tf.math.divide_no_nan
         statistics = [divide(s, tf.cast(scalars["examples"], s.dtype)) if s.dtype.is_floating else s for s in shares]
-        return Sums(reduced[count:], scalars, statistics), flags
+        return Sums(reduced[count:], scalars, statistics), flags, waited
+
+    def _time_of(self, tensors: list, number: tf.Tensor) -> tf.Tensor:
+        """When the tensors are there, in seconds; 0 where no other worker is waited for. `number`, 0 or more, depends on them.
+
+        An op on a GPU counts as done as soon as the GPU is told to do it. A number made from its result that an op on the
+        CPU has read is really known: the time is taken behind that, and the number is part of it, so that nothing is left out.
+        """
+        if not self._several_workers:
+            return tf.constant(0.0, tf.float64)
+        with tf.device("CPU"):
+            with tf.control_dependencies(tf.nest.flatten(tensors, expand_composites=True)):
+                known = tf.reduce_all(number >= 0)
+            with tf.control_dependencies([known]):
+                return tf.where(known, tf.timestamp(), 0.0)
 
     def _flags(self, local: Sums, gradients: list, word: tf.Tensor) -> dict[str, tf.Tensor]:
         """What this replica knows and the others do not, as numbers that can be added up.

@@ -16,6 +16,7 @@ from disttrain.checkpoint import Checkpointer, Preemption, Saved
 from disttrain.errors import ConfigError, DataError, Preempted
 from disttrain.gradients.program import Program
 from disttrain.gradients.tape import count_examples
+from disttrain.observe.health import Health
 from disttrain.observe.progress import Progress
 from disttrain.step import TrainStep
 from disttrain.types import Loss, StepOutput, as_loss
@@ -49,6 +50,9 @@ class Trainer:
     ) -> dict[str, Any]:
         """Trains.
 
+        Warns, once of each, of a rank that holds up the others by more than 10 % of a step, and of data that is waited for
+        more than 10 % of the time: looked at every ten seconds or ten steps, whichever is later, and at the end.
+
         Args:
           dataset: global batches: a `disttrain.data.Batches`, a `tf.data.Dataset` (all ranks must get the same: shuffle it
             by a seed), or any iterable that can be gone through once for each epoch. Should workers have more or fewer of
@@ -62,8 +66,12 @@ class Trainer:
         Returns:
           steps, skipped (steps that were not applied), epochs, examples, seconds, examples_per_second (without the first
           step, which traces and compiles), grad_norm (of the last step), train and, where asked for, validation: name ->
-          mean over the last epoch, "loss" among them. With checkpoints also unsaved: why the last one could not be written, or
-          nothing. What was trained is in the model all the same.
+          mean over the last epoch, "loss" among them. Of this process's steps, without those that traced or compiled:
+          input_share, the share of the time that ranks wait for data (the one in the middle), and ranks, for each its rank,
+          host, steps, and per step the mean step_seconds, waited_seconds in the all-reduce (part of these; the rank that
+          waits least is the slowest), input_seconds and between_seconds (saving, showing).
+          With checkpoints also unsaved: why the last one could not be written, or nothing. What was trained is in the model
+          all the same.
 
         Raises:
           ConfigError: both epochs and steps are given, or one is not a whole number of 1 or more; or there is a checkpoint
@@ -79,15 +87,16 @@ class Trainer:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: a whole number of 1 or more is wanted")
         run, saved = _Run(), self._newest()
+        health = Health(self.comm.rank, self.comm.all_gather_object)
         if saved:
             self._go_on(saved, dataset, run)
         with Preemption() if self._checkpoint else contextlib.nullcontext(Preemption()) as preemption:
             total = self._total(dataset, epochs, steps)
             with Progress(title, total, run.steps, enabled=self._shows_progress) as progress:
                 while run.epochs < (epochs or 1) if steps is None else run.steps < steps:
-                    self._epoch(dataset, run, progress, steps, preemption)
+                    self._epoch(dataset, run, health, progress, steps, preemption)
             unsaved = self._save_and_wait(run) if self._checkpoint and run.moved else ""
-            summary = run.summary() | ({"unsaved": unsaved} if self._checkpoint else {})
+            summary = run.summary() | health.summary() | ({"unsaved": unsaved} if self._checkpoint else {})
             if validation is not None:  # asked to end by now, it is better brought to its end than begun again
                 summary["validation"] = self.evaluate(validation)
         if unsaved and self.comm.is_chief:
@@ -113,7 +122,13 @@ class Trainer:
         return everyone.means()
 
     def _epoch(
-        self, dataset: Iterable, run: _Run, progress: Progress, steps: int | None, preemption: Preemption
+        self,
+        dataset: Iterable,
+        run: _Run,
+        health: Health,
+        progress: Progress,
+        steps: int | None,
+        preemption: Preemption,
     ) -> None:
         dataset = _of_epoch(dataset, run.epochs, run.batches)
         batches = self.comm.distribute(dataset)
@@ -122,11 +137,12 @@ class Trainer:
         _check_same_data(fingerprints)
         if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
             batches = itertools.chain(batches, itertools.repeat(None))
-        for batch in batches:
+        for batch in health.reading(batches):
             out = self.step(batch, stop=bool(preemption.requested))
             if out.live == 0:
                 break
             run.add(out)
+            health.add(out)
             progress.advance(out, run.speed())
             if out.stop:
                 self._end_early(run, preemption)

@@ -38,7 +38,7 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What one optimizer step did. The same on every replica.
+    """What one optimizer step did. The same on every replica, but for `waited` and `traced`.
 
     Attributes:
       loss: float32 scalar, the weighted mean loss of the whole batch, before the update.
@@ -50,6 +50,10 @@ class StepOutput:
       examples: float32 scalar, the number of examples in the whole batch.
       live: number of workers that brought a batch; 0 where all had none left, and the step did nothing.
       stop: whether any worker was asked to end; the same on all of them.
+      waited: seconds from this worker's own gradients to the reduced ones, its own: the time on the way and, for all but the
+        slowest worker, the wait for that one. 0.0 where there is one worker. A wait within the tape, in layers with
+        `synchronized=True`, is not in it.
+      traced: whether this worker traced or compiled something in this step, which therefore took longer than others will.
     """
 
     loss: tf.Tensor
@@ -61,6 +65,8 @@ class StepOutput:
     examples: tf.Tensor
     live: int
     stop: bool
+    waited: float
+    traced: bool
 
 
 def as_loss(value: Any) -> Loss:

@@ -13,6 +13,9 @@ class Program:
 
     Where a later batch differs in another dimension too (longer sequences), that one is left open as well in a second
     trace, so a ragged data set costs two, not one for each length.
+
+    Attributes:
+      traces: how often it was traced so far.
     """
 
     def __init__(self, fn: Callable[[list], Any]):
@@ -32,6 +35,11 @@ class Program:
                 self._compile(shares, specs)
             self._seen.add(key)
         return self._compiled(shares)
+
+    @property
+    def shapes(self) -> int:
+        """Number of shapes of batches since the last trace, for each of which XLA compiles what it is to run."""
+        return len(self._seen)
 
     def _takes(self, shares, specs) -> bool:
         if self._compiled is None or not _same_structure(shares, self._structure):
