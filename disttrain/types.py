@@ -50,6 +50,7 @@ class StepOutput:
       examples: float32 scalar, the number of examples in the whole batch.
       live: number of workers that brought a batch; 0 where all had none left, and the step did nothing.
       stop: whether any worker was asked to end; the same on all of them.
+      regroup: whether hosts have come or gone in an elastic job, so that all workers should call `comm.regroup()`.
     """
 
     loss: tf.Tensor
@@ -61,6 +62,7 @@ class StepOutput:
     examples: tf.Tensor
     live: int
     stop: bool
+    regroup: bool
 
 
 def as_loss(value: Any) -> Loss:

@@ -52,17 +52,19 @@ class Watchdog:
       rank: of this process in the group; one line for each process.
       exchange: gathers one object from every rank, in the order of ranks.
       stall_timeout: seconds after which a rank that does not answer, or that others wait for, ends the job.
+      survive: whether the others go on without a rank that is lost. Its engine tells them of one that has died; here they
+        only see to it that one that has stopped or fallen behind does die.
     """
 
-    def __init__(self, rank: int, exchange: Callable[[Any], list], stall_timeout: float):
-        self.rank, self.stall_timeout = rank, stall_timeout
+    def __init__(self, rank: int, exchange: Callable[[Any], list], stall_timeout: float, *, survive: bool = False):
+        self.rank, self.stall_timeout, self._survive = rank, stall_timeout, survive
         self._count, self._depth, self._what, self._since = 0, 0, "the start", time.monotonic()
         self._lock, self._told = threading.Lock(), threading.Event()
         self._closing = self._raising = False
         self._tick = min(1.0, stall_timeout / 4)
         self._processes = exchange(_Process(rank, socket.gethostname(), _machine(), os.getpid()))
         self._me, self._rank0 = self._processes[rank], self._processes[0]
-        self._server = _Server(self._processes, stall_timeout, self._tick) if rank == 0 else None
+        self._server = _Server(self._processes, stall_timeout, self._tick, survive) if rank == 0 else None
         addresses, port, token = exchange(self._server and self._server.address)[0]
         self._line = _connect(addresses, port)
         self._send(kind="hello", token=token)
@@ -120,19 +122,21 @@ class Watchdog:
                     rank0_count = message["count"]
                 elif message["kind"] == "verdict":
                     self._told.set()
-                    self._end(message["text"], message["stopped"])
+                    self._judge(message["text"], message["culprits"], stopped=message["stopped"])
             # A process that itself stood still cannot tell whether others did.
             heard = now if messages or now - looked > self.stall_timeout / 2 else heard
             looked = now
             if rank0_count is not None:
                 if self._depth > 0 and self._count > rank0_count and now - self._since > _LEAVING_SECONDS:
                     self._end(f"{self._rank0} has left, {self._where()}")
-            elif messages is None:
+            elif messages is None and not self._survive:
                 self._end(f"{self._rank0} has ended without a word (killed?), {self._where()}")
-            elif now - heard > self.stall_timeout:
-                self._end(f"{self._rank0} has not answered for {self.stall_timeout:g} s, {self._where()}", stopped=0)
+            elif now - heard > self.stall_timeout and messages is not None:
+                said = f"{self._rank0} has not answered for {self.stall_timeout:g} s, {self._where()}"
+                self._judge(said, [0], stopped=True)
             if messages is None:
                 time.sleep(self._tick)
+        self._line.close()
 
     def _beat(self) -> None:
         with self._lock:
@@ -142,12 +146,19 @@ class Watchdog:
     def _where(self) -> str:
         return f"{self._me} {'waits in' if self._depth else 'is past'} {self._what}"
 
-    def _end(self, text: str, stopped: int | None = None) -> None:
+    def _judge(self, text: str, culprits: list[int], *, stopped: bool) -> None:
+        """Ends this process, and those that have stopped; or where the others survive, the culprits alone."""
+        others = [self._processes[rank] for rank in culprits if rank != self.rank]
+        if stopped or self._survive:
+            reached = [process.kill_from(self._me) for process in others]
+            if self._survive and self.rank not in culprits and all(reached):
+                return
+        self._end(text)
+
+    def _end(self, text: str) -> None:
         if not self._closing and not self._raising:
             log.error("rank %d ends: %s", self.rank, text)
             _flush()
-            if stopped is not None:
-                self._processes[stopped].kill_from(self._me)
             os._exit(EXIT_FOLLOWED)
 
     def _hook(self) -> None:
@@ -158,7 +169,7 @@ class Watchdog:
             if self._closing or os.getpid() != self._me.pid:
                 before(kind, value, traceback)
                 return
-            if issubclass(kind, _ENGINE_ERRORS):
+            if issubclass(kind, _ENGINE_ERRORS) and not self._survive:
                 # Most likely another rank has gone. Rank 0 finds out which, and ends this process meanwhile.
                 with self.waiting(self._what):
                     time.sleep(2 * _LEAVING_SECONDS)
@@ -188,18 +199,19 @@ class _Process(NamedTuple):
     def __str__(self):
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
 
-    def kill_from(self, other: _Process) -> None:
-        """Ends the process if it is on the machine of `other`: one that was stopped does not hear that all is over."""
+    def kill_from(self, other: _Process) -> bool:
+        """Ends the process if it is on the machine of `other`, and says whether it is: one that was stopped does not hear."""
         if self.machine == other.machine:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
+        return self.machine == other.machine
 
 
 class _Server:
     """On rank 0: hears all ranks and judges."""
 
-    def __init__(self, processes: list[_Process], stall_timeout: float, tick: float):
-        self._timeout, self._tick = stall_timeout, tick
+    def __init__(self, processes: list[_Process], stall_timeout: float, tick: float, survive: bool):
+        self._timeout, self._tick, self._survive = stall_timeout, tick, survive
         self._ranks = [_Rank(process) for process in processes]
         self._token = secrets.token_hex(16)
         one_host = len({process.host for process in processes}) == 1
@@ -214,7 +226,7 @@ class _Server:
         selector.register(self._listener, selectors.EVENT_READ, None)
         judged = time.monotonic()
         patient_until = 0.0
-        while True:
+        while not all(rank.gone for rank in self._ranks):
             for key, _ in selector.select(self._tick):
                 if key.data is None:
                     line, _ = self._listener.accept()
@@ -229,11 +241,13 @@ class _Server:
             if self._certain or now - judged > self._tick:
                 judged = now
                 self._tell({"kind": "beat"})
-                verdict = self._accident(now) or (now > patient_until and self._stall(now))
+                accident = None if self._survive else self._accident(now)
+                verdict = accident or (now > patient_until and self._stall(now))
                 if verdict:
-                    text, stopped = verdict
-                    self._tell({"kind": "verdict", "text": text, "stopped": stopped})
+                    text, culprits, stopped = verdict
+                    self._tell({"kind": "verdict", "text": text, "culprits": culprits, "stopped": stopped})
                     return
+        self._listener.close()
 
     def _hear(self, line: socket.socket, lines: _Lines) -> bool:
         """Takes in what came over a line; False when it has ended."""
@@ -268,32 +282,33 @@ class _Server:
                 with contextlib.suppress(OSError):
                     rank.line.sendall(data)
 
-    def _accident(self, now: float) -> tuple[str, None] | None:
+    def _accident(self, now: float) -> tuple[str, list[int], bool] | None:
         """Who has raised, died, or left the others waiting; None if nobody has."""
         front = self._front()
         for rank in self._ranks:
             if rank.raised:
-                return f"{rank.process} raised {rank.raised}", None
+                return f"{rank.process} raised {rank.raised}", [], False
         for rank in self._ranks:
             if rank.gone and not rank.left:
-                return f"{rank.process} has ended without a word (killed?); it was {rank.place()}", None
+                return f"{rank.process} has ended without a word (killed?); it was {rank.place()}", [], False
             if rank.left and front and front.count > rank.count and front.waited(now) > _LEAVING_SECONDS:
-                return f"{rank.process} has left, and {front.process} waits for it in {front.what}", None
+                return f"{rank.process} has left, and {front.process} waits for it in {front.what}", [], False
         return None
 
-    def _stall(self, now: float) -> tuple[str, int | None] | None:
+    def _stall(self, now: float) -> tuple[str, list[int], bool] | None:
         """Who has fallen behind, or has stopped and must be killed; None if nobody has."""
         front = self._front()
         for rank in self._ranks:
             if not rank.left and now - rank.heard > self._timeout:
                 others = f"; {front.process} waits in {front.what}" if front and front is not rank else ""
                 said = f"{rank.process} has not answered for {self._timeout:g} s; it was {rank.place()}{others}"
-                return said, rank.process.rank
+                return said, [rank.process.rank], True
         if front and front.waited(now) > self._timeout:
             behind = [r for r in self._ranks if r.count < front.count]
             if behind:
                 said = "; ".join(f"{r.process} has not come there, it was {r.place()}" for r in behind)
-                return f"{front.process} has waited for {self._timeout:g} s in {front.what}: {said}", None
+                waited = f"{front.process} has waited for {self._timeout:g} s in {front.what}: {said}"
+                return waited, [r.process.rank for r in behind], False
         return None
 
     def _front(self) -> _Rank | None:
