@@ -48,7 +48,7 @@ _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_
 @click.option(
     "--restarts",
     type=click.IntRange(min=0),
-    help="Start again after a failure, so often. Default: 0; 10 with --elastic.",
+    help="Start again after a failure, so often. Default: 0; 10 where hosts come and go.",
 )
 @click.option(
     "--grace",
@@ -80,7 +80,6 @@ _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_
     "--min-np", type=click.IntRange(min=1), default=1, help="Ranks to go on with at least, while hosts come and go."
 )
 @click.option("--max-np", type=click.IntRange(min=1), help="Ranks at most, while hosts come and go. Default: -np.")
-@click.option("--elastic", is_flag=True, hidden=True, help="Said by --host-discovery-script already.")
 @click.option("--dry-run", is_flag=True, help="Show the command line that would be run, and end.")
 @click.argument("program", nargs=-1, required=True)
 def run(
@@ -94,7 +93,6 @@ def run(
     start_timeout: float,
     output: str,
     names: tuple[str, ...],
-    elastic: bool,
     host_discovery_script: str | None,
     slots_per_host: int,
     min_np: int,
@@ -110,7 +108,7 @@ def run(
     from disttrain.launcher.command import Job, choose_hosts, choose_launcher, commands, resolve
     from disttrain.launcher.hosts import parse_hosts
 
-    elastic_job = _elastic(elastic, host_discovery_script, slots_per_host, min_np, max_np or ranks)
+    elastic_job = _elastic(host_discovery_script, slots_per_host, min_np, max_np or ranks)
     if elastic_job:
         if hosts or hostfile:
             raise click.UsageError("the hosts are those of --host-discovery-script; leave out -H and --hostfile")
@@ -130,12 +128,10 @@ def run(
     sys.exit(_attempts(job, restarts, grace, start_timeout, all_ranks=output == "all"))
 
 
-def _elastic(wanted: bool, script: str | None, slots: int, least: int, most: int | None) -> Elastic | None:
+def _elastic(script: str | None, slots: int, least: int, most: int | None) -> Elastic | None:
     from disttrain.launcher.discovery import Elastic
 
     if script is None:
-        if wanted:
-            raise click.UsageError("--elastic wants --host-discovery-script")
         return None
     if most is None:
         raise click.UsageError("--host-discovery-script wants --max-np or -np")

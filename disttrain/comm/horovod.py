@@ -14,9 +14,10 @@ import tensorflow as tf
 
 from disttrain.comm import buckets, devices, membership, order
 from disttrain.comm.communicator import OPS
+from disttrain.comm.connections import Connections
 from disttrain.comm.one_replica import OneReplica
 from disttrain.comm.watchdog import Watchdog
-from disttrain.errors import BackendError, ConfigError, Preempted
+from disttrain.errors import BackendError, ConfigError
 from disttrain.types import tf_variable
 from disttrain.world import elastic_job, tell_launcher
 
@@ -49,18 +50,27 @@ class HorovodCommunicator(OneReplica):
         _do_not_copy_on_one_host()
         self.elastic = elastic_job()
         self._wire, self._stall_timeout, self._watchdog = wire, stall_timeout, None
-        self._hvd.init()
+        self._join_job()
         if self._hvd.mpi_enabled():  # Horovod's Adasum needs MPI
             self.ops = (*self.ops, "adasum")
         devices.claim(self._hvd.local_rank(), self._hvd.local_size())
         self._hosts = membership.Hosts() if self.elastic else None
         self._take_place()
 
+    def _join_job(self) -> None:
+        self._connections = Connections()
+        with self._connections.opened():
+            if self.elastic:
+                membership.join(self._hvd)
+            else:
+                self._hvd.init()
+
     def _take_place(self) -> None:
         self.rank, self.size, self.local_rank = self._hvd.rank(), self._hvd.size(), self._hvd.local_rank()
         self.is_chief = self.rank == 0
         if self.size > 1 and self._stall_timeout:
-            self._watchdog = Watchdog(self.rank, self.all_gather_object, self._stall_timeout, survive=self.elastic)
+            survive = self._connections.cut if self.elastic else None
+            self._watchdog = Watchdog(self.rank, self.all_gather_object, self._stall_timeout, survive)
 
     def all_reduce(self, tensors, op="sum"):
         if self.size == 1:
@@ -115,10 +125,7 @@ class HorovodCommunicator(OneReplica):
     def regroup(self):
         self._leave()
         self._hosts.changed = False
-        try:
-            self._hvd.init()
-        except Exception as error:  # whatever it is: Horovod says no more than that it could not begin
-            raise Preempted(f"this worker has no place in the job any more ({error})") from error
+        self._join_job()
         self._take_place()
         tell_launcher({"rank": self.rank})
         self.meet()

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from disttrain.errors import EXIT_FOLLOWED, BackendError
+from disttrain.world import tell_launcher
 
 log = logging.getLogger("disttrain")
 
@@ -35,6 +36,8 @@ _CONNECT_SECONDS = 20
 # A rank may leave while others are still on their way out of the last collective.
 _LEAVING_SECONDS = 3
 _READING_SECONDS = 0.3
+# An engine that notices by itself that a rank is gone does so at once.
+_ENGINE_SECONDS = 0.5
 # What engines raise where another rank has gone in the middle of a collective. None of them says which.
 _ENGINE_ERRORS = (
     tf.errors.AbortedError,
@@ -52,19 +55,26 @@ class Watchdog:
       rank: of this process in the group; one line for each process.
       exchange: gathers one object from every rank, in the order of ranks.
       stall_timeout: seconds after which a rank that does not answer, or that others wait for, ends the job.
-      survive: whether the others go on without a rank that is lost. Its engine tells them of one that has died; here they
-        only see to it that one that has stopped or fallen behind does die.
+      survive: where the others go on without a rank that is lost: makes the collective fail in which this one waits for it.
+        A rank that has stopped or fallen behind is then seen to its end, alone.
     """
 
-    def __init__(self, rank: int, exchange: Callable[[Any], list], stall_timeout: float, *, survive: bool = False):
+    def __init__(
+        self,
+        rank: int,
+        exchange: Callable[[Any], list],
+        stall_timeout: float,
+        survive: Callable[[], None] | None = None,
+    ):
         self.rank, self.stall_timeout, self._survive = rank, stall_timeout, survive
+        self._cut_at = float("inf")
         self._count, self._depth, self._what, self._since = 0, 0, "the start", time.monotonic()
         self._lock, self._told = threading.Lock(), threading.Event()
         self._closing = self._raising = False
         self._tick = min(1.0, stall_timeout / 4)
         self._processes = exchange(_Process(rank, socket.gethostname(), _machine(), os.getpid()))
         self._me, self._rank0 = self._processes[rank], self._processes[0]
-        self._server = _Server(self._processes, stall_timeout, self._tick, survive) if rank == 0 else None
+        self._server = _Server(self._processes, stall_timeout, self._tick, survive is not None) if rank == 0 else None
         addresses, port, token = exchange(self._server and self._server.address)[0]
         self._line = _connect(addresses, port)
         self._send(kind="hello", token=token)
@@ -120,12 +130,19 @@ class Watchdog:
             for message in messages or ():
                 if message["kind"] == "bye":
                     rank0_count = message["count"]
+                elif message["kind"] == "lost":
+                    self._expect_failure(now)
                 elif message["kind"] == "verdict":
                     self._told.set()
                     self._judge(message["text"], message["culprits"], stopped=message["stopped"])
             # A process that itself stood still cannot tell whether others did.
             heard = now if messages or now - looked > self.stall_timeout / 2 else heard
             looked = now
+            if self._survive and messages is None and rank0_count is None:
+                self._expect_failure(now)
+            if now > self._cut_at and not self._closing:
+                self._survive()
+                self._cut_at = float("inf")
             if rank0_count is not None:
                 if self._depth > 0 and self._count > rank0_count and now - self._since > _LEAVING_SECONDS:
                     self._end(f"{self._rank0} has left, {self._where()}")
@@ -150,10 +167,17 @@ class Watchdog:
         """Ends this process, and those that have stopped; or where the others survive, the culprits alone."""
         others = [self._processes[rank] for rank in culprits if rank != self.rank]
         if stopped or self._survive:
-            reached = [process.kill_from(self._me) for process in others]
-            if self._survive and self.rank not in culprits and all(reached):
-                return
-        self._end(text)
+            for process in others:
+                process.kill_from(self._me)
+        if self._survive and self.rank not in culprits:
+            tell_launcher({"stop": culprits})
+            self._expect_failure(time.monotonic())
+        else:
+            self._end(text)
+
+    def _expect_failure(self, now: float) -> None:
+        """A rank is lost, of which the engine may know nothing for long: it is told so if it does not find out by itself."""
+        self._cut_at = min(self._cut_at, now + _ENGINE_SECONDS)
 
     def _end(self, text: str) -> None:
         if not self._closing and not self._raising:
@@ -199,12 +223,11 @@ class _Process(NamedTuple):
     def __str__(self):
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
 
-    def kill_from(self, other: _Process) -> bool:
-        """Ends the process if it is on the machine of `other`, and says whether it is: one that was stopped does not hear."""
+    def kill_from(self, other: _Process) -> None:
+        """Ends the process if it is on the machine of `other`: one that was stopped does not hear that all is over."""
         if self.machine == other.machine:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
-        return self.machine == other.machine
 
 
 class _Server:
@@ -246,7 +269,9 @@ class _Server:
                 if verdict:
                     text, culprits, stopped = verdict
                     self._tell({"kind": "verdict", "text": text, "culprits": culprits, "stopped": stopped})
-                    return
+                    if not self._survive:
+                        return
+                    patient_until = now + self._timeout
         self._listener.close()
 
     def _hear(self, line: socket.socket, lines: _Lines) -> bool:
@@ -261,6 +286,8 @@ class _Server:
             for rank in self._ranks:
                 rank.gone = rank.gone or rank.line is line
                 self._certain |= rank.gone and not rank.left
+            if self._survive and self._certain:
+                self._tell({"kind": "lost"})
         return messages is not None
 
     def _take(self, line: socket.socket, message: dict) -> None:

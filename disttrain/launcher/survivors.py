@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from disttrain.errors import EXIT_RESUME
 from disttrain.launcher.facts import differences, facts
@@ -44,8 +44,14 @@ class Survivors(Supervisor):
         rank.send("go", environment={"DISTTRAIN_ATTEMPT": str(self._number)})
 
     def _take_output(self, rank: Rank, stream: str, text: str) -> None:
-        if stream == "progress" and (number := _rank_in(text)) is not None:
-            self._met(rank, number)
+        said = _said(text) if stream == "progress" else {}
+        if "rank" in said:
+            self._met(rank, said["rank"])
+        elif "stop" in said:
+            # It hears of nothing any more, so that its agent must end it.
+            for each in self._ranks.values():
+                if each.rank in said["stop"] and not each.over:
+                    each.send("stop", grace=0.0)
         else:
             super()._take_output(rank, stream, text)
 
@@ -86,10 +92,10 @@ class Survivors(Supervisor):
         return super()._outcome()
 
 
-def _rank_in(text: str) -> int | None:
-    """The new rank that a process tells of; None where it tells of something else."""
+def _said(text: str) -> dict[str, Any]:
+    """What a rank has to tell the launcher itself."""
     try:
         said = json.loads(text)
     except ValueError:  # the program itself has written there
-        return None
-    return said.get("rank") if isinstance(said, dict) else None
+        return {}
+    return said if isinstance(said, dict) else {}
