@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from disttrain.errors import BackendError, Preempted
+from disttrain.world import tell_launcher
 
 # Ranks that meet wait so long for one that should come too; it may have to import TensorFlow first. Horovod's default is 30.
 _MEET_SECONDS = 60
@@ -31,6 +32,7 @@ def join(hvd: Any) -> None:
         except ValueError:  # all that Horovod says
             hvd.shutdown()
         if _place() == "-1":
+            tell_launcher({"leaves": True})
             raise Preempted(
                 "this worker has no place in the job any more: its host is not listed, or has failed before"
             )

@@ -26,6 +26,7 @@ class Survivors(Supervisor):
         self._come = 0
         # Since the ranks last met: when they meet again, the others have survived it.
         self._losses: list[_Loss] = []
+        self._leaving: list[Rank] = []
 
     def _world(self) -> dict[str, str]:
         return {}
@@ -47,6 +48,8 @@ class Survivors(Supervisor):
         said = _said(text) if stream == "progress" else {}
         if "rank" in said:
             self._met(rank, said["rank"])
+        elif "leaves" in said:
+            self._leaving.append(rank)
         elif "stop" in said:
             # It hears of nothing any more, so that its agent must end it.
             for each in self._ranks.values():
@@ -62,7 +65,8 @@ class Survivors(Supervisor):
             self._ranks = {key: each for key, each in self._ranks.items() if not each.over}
 
     def _take_exit(self, rank: Rank, code: int) -> None:
-        rank.code = code
+        # One that has no place any more may be interrupted on its way out.
+        rank.code = code = EXIT_RESUME if rank in self._leaving else code
         # The driver hears of it when the agent ends, and only then gives the others their new ranks.
         rank.send("bye")
         if code not in (0, EXIT_RESUME):
