@@ -59,6 +59,9 @@ class TrainStep:
       on_drift: what weights that differ mean: "raise" `DriftError`, or "heal": they are copied from the worker that most
         others agree with.
 
+    A step happens as a whole or not at all: nothing is written before the all-reduce of all gradients has come back. So a
+    worker that survives another's loss holds the state after a whole step, and `last` is what that step returned.
+
     With several workers the first step compares what they are about to train, and gives all of them the weights, the
     optimizer state and the seeds of rank 0.
 
@@ -96,6 +99,7 @@ class TrainStep:
         self.on_none, self.on_nonfinite, self._jit_setting = on_none, on_nonfinite, jit
         self.check_every, self.on_drift = check_every, on_drift
         self._choice, self._prepared, self._started = variables, False, False
+        self.last: StepOutput | None = None
         if getattr(model, "built", True) and getattr(model, "variables", True):
             self._prepare()
 
@@ -121,13 +125,26 @@ class TrainStep:
         with self.comm.waiting(self._waits_in):
             return self._do(shares, stop)
 
-    def start(self, batch: Any) -> None:
+    def start(self, batch: Any, *, root: int = 0) -> None:
         """What the first step does before it computes anything: builds the model, compares workers, makes them equal.
 
         For those who want to restore a checkpoint into what it has built. Raises what the first step raises.
+
+        Args:
+          batch: as for a step.
+          root: the worker whose weights, optimizer state and seeds all take.
         """
         if not self._started:
-            self._start(None if batch is None else self.comm.local_shares(batch))
+            self._start(None if batch is None else self.comm.local_shares(batch), root)
+
+    def regroup(self, *, root: int) -> None:
+        """After `comm.regroup()`: the same again among the workers that there are now; those that are new call `start`.
+
+        Of the micro-batches there are as many as before over all workers, where that can be divided, so that each stays as
+        small as it was.
+        """
+        self._fit_to_group()
+        self._start(self._empty_shares, root)
 
     @property
     def state(self) -> list[Variable]:
@@ -143,6 +160,21 @@ class TrainStep:
     def settings(self, settings: dict[str, Any]) -> None:
         self._jit.choice = self._jit.choice or settings["jit"]
 
+    @property
+    def started(self) -> bool:
+        """Whether there has been a step, or `start`."""
+        return self._started
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the whole batch, over all replicas. Set it before the first step after `start` or `regroup`."""
+        return self._micro_batches
+
+    @micro_batches.setter
+    def micro_batches(self, count: int) -> None:
+        self._micro_batches = count
+        self._parts = -(-count // self.comm.size)
+
     def _do(self, shares: list[Any] | None, stop: bool) -> StepOutput:
         """One step; done again where it turns out that it must be compiled in another way."""
         self._live = shares is not None
@@ -153,7 +185,7 @@ class TrainStep:
         try:
             program = self._program(plan)
             made = program.traces, program.shapes
-            report = program((mine, tf.constant([float(self._live), float(stop)])))
+            report = program((mine, self._word(stop)))
             applied = bool(report["applied"])
         except tf.errors.OpError as error:
             if not self._jit.give_up(plan, error):
@@ -167,9 +199,7 @@ class TrainStep:
         self._calls += 1
         if not applied and report["live"] > 0:
             self._explain(report)
-        if self._several_workers and self.check_every and self._calls % self.check_every == 0:
-            agreement.check_drift(self.comm, self._same_everywhere, self._calls, self.on_drift)
-        return StepOutput(
+        out = StepOutput(
             loss=report["loss"],
             weight=report["weight"],
             grad_norm=report["grad_norm"],
@@ -181,7 +211,18 @@ class TrainStep:
             stop=bool(report["stop"]),
             waited=float(report["waited"]),
             traced=traced,
+            regroup=bool(report["regroup"]),
         )
+        if out.live:
+            self.last = out
+        if self._several_workers and self.check_every and self._calls % self.check_every == 0:
+            agreement.check_drift(self.comm, self._same_everywhere, self._calls, self.on_drift)
+        return out
+
+    def _word(self, stop: bool) -> tf.Tensor:
+        """What this worker has to say to the others in this step; see `_flags`."""
+        regroup = self.comm.elastic and self.comm.hosts_changed
+        return tf.constant([float(self._live), float(stop), float(regroup)])
 
     def join(self) -> int:
         """Takes part in the steps of the other workers, without examples, until all have come here.
@@ -229,9 +270,9 @@ class TrainStep:
         sums = accumulate(
             micro_batch,
             shares[replica - self.comm.rank],
-            self.accumulate,
+            self._parts,
             self._state,
-            first_index=replica * self.accumulate,
+            first_index=replica * self._parts,
             may_be_empty=self.comm.size > 1,
             lockstep=self._lockstep,
         )
@@ -271,6 +312,10 @@ class TrainStep:
         if divisor is None:
             return gradients
         return [sparse.map_values(lambda x: tf.math.divide_no_nan(x, tf.cast(divisor, x.dtype)), g) for g in gradients]
+
+    @property
+    def _holds_whole_batch(self) -> bool:
+        return self.comm.size == 1 and self._parts == 1 and not self.before_reduce
 
     def _divisor(self, scalars: dict) -> tf.Tensor | None:
         factors = [] if self._holds_whole_batch else [scalars["weight"]]
@@ -322,14 +367,16 @@ class TrainStep:
     def _flags(self, local: Sums, gradients: list, word: tf.Tensor) -> dict[str, tf.Tensor]:
         """What this replica knows and the others do not, as numbers that can be added up.
 
-        "live": 1 if its worker brought a batch; "stop": 1 if it was asked to end; "present" [variables]: 1 where the loss of
+        "live": 1 if its worker brought a batch; "stop": 1 if it was asked to end; "regroup": 1 if it has heard of other
+        hosts; "present" [variables]: 1 where the loss of
         that reaches the variable; "broken" [size]: 1 at its own place if its gradients or its loss are not finite.
         """
-        replica, (live, stop) = self.comm.replica_id(), tf.unstack(word, 2)
+        replica, (live, stop, regroup) = self.comm.replica_id(), tf.unstack(word, 3)
         speaks = float(replica == self.comm.rank)  # one replica for its worker
         flags = {
             "live": live * speaks,
             "stop": stop * speaks,
+            "regroup": regroup * speaks,
             "present": live * tf.constant([float(g is not None) for g in local.gradients]),
             "broken": tf.zeros([self.comm.size]),
         }
@@ -361,6 +408,7 @@ class TrainStep:
             "broken_replicas": flags["broken"] if self.comm.size > 1 else tf.stack([~finite]),
             "live": flags["live"],
             "stop": flags["stop"] > 0,
+            "regroup": flags["regroup"] > 0,
             "unforeseen": unforeseen,
         }
 
@@ -387,7 +435,7 @@ class TrainStep:
 
     # Getting ready, and saying what went wrong -----------------------------------------------------------------------
 
-    def _start(self, shares: list[Any] | None) -> None:
+    def _start(self, shares: list[Any] | None, root: int = 0) -> None:
         """Before the first step: the same model, the same settings and the same weights on every worker."""
         specs = None if shares is None else tf.nest.map_structure(tf.type_spec_from_value, shares[0])
         known = [specs for specs in self.comm.all_gather_object(specs) if specs is not None]
@@ -410,7 +458,7 @@ class TrainStep:
                 self.comm,
                 agreement.facts_about(self.variables, self._same_everywhere, {**facts, "jit": self._jit_setting}),
             )
-            self.comm.broadcast(self._same_everywhere)
+            self.comm.broadcast(self._same_everywhere, root)
         self._started, self._calls = True, 0
         names = ", ".join(map(name_of, self.variables[:3])) + (", ..." if len(self.variables) > 3 else "")
         self._waits_in = f"the all-reduce of {len(self.variables)} gradients ({names})"
@@ -434,17 +482,23 @@ class TrainStep:
             )
         self._state = ModelState(self.model)
         layers = list(self.model._flatten_layers()) if isinstance(self.model, keras.Layer) else []
-        self._lockstep = comm.size > 1 and any(getattr(layer, "synchronized", False) for layer in layers)
-        self._holds_whole_batch = comm.size == 1 and self.accumulate == 1 and not self.before_reduce
+        self._synchronized = any(getattr(layer, "synchronized", False) for layer in layers)
         with comm.scope():
             keras_optimizer.prepare(self.optimizer, self.variables, comm.owns)
             float16 = any(getattr(layer, "compute_dtype", None) == "float16" for layer in layers)
             self._loss_scale = LossScale(**self._loss_scaling) if float16 or self._loss_scaling else None
             self.before_reduce.build(self.variables)
             self.after_reduce.build(self.variables)
-        self._jit = JitChoice(self._jit_setting, not self._lockstep, comm.all_gather_object)
-        self._forget_programs()
+        self.micro_batches = self.accumulate * comm.size
+        self._fit_to_group()
         self._prepared = True
+
+    def _fit_to_group(self) -> None:
+        """What depends on how many replicas there are."""
+        self.micro_batches = self._micro_batches
+        self._lockstep = self.comm.size > 1 and self._synchronized
+        self._jit = JitChoice(self._jit_setting, not self._lockstep, self.comm.all_gather_object)
+        self._forget_programs()
 
     def _forget_programs(self) -> None:
         """Traces anew, and agrees anew on which variables the loss reaches."""

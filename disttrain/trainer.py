@@ -12,8 +12,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from disttrain import elastic
 from disttrain.checkpoint import Checkpointer, Preemption, Saved
-from disttrain.errors import ConfigError, DataError, Preempted
+from disttrain.errors import BackendError, ConfigError, DataError, Preempted
 from disttrain.gradients.program import Program
 from disttrain.gradients.tape import count_examples
 from disttrain.observe.health import Health
@@ -35,8 +36,7 @@ class Trainer:
     """
 
     def __init__(self, step: TrainStep, *, progress: bool = True, checkpoint: Checkpointer | None = None):
-        self.step, self.comm, self._checkpoint = step, step.comm, checkpoint
-        self._shows_progress = progress and self.comm.is_chief
+        self.step, self.comm, self._checkpoint, self._shows_progress = step, step.comm, checkpoint, progress
         self._evaluate = Program(self._sums_of_batch)
 
     def fit(
@@ -86,22 +86,25 @@ class Trainer:
         for name, value in (("epochs", epochs), ("steps", steps)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}: a whole number of 1 or more is wanted")
-        run, saved = _Run(), self._newest()
-        health = Health(self.comm.rank, self.comm.all_gather_object)
-        if saved:
-            self._go_on(saved, dataset, run)
-        with Preemption() if self._checkpoint else contextlib.nullcontext(Preemption()) as preemption:
-            total = self._total(dataset, epochs, steps)
-            with Progress(title, total, run.steps, enabled=self._shows_progress) as progress:
+        run, total = _Run(), self._total(dataset, epochs, steps)
+
+        def train() -> dict[str, Any]:
+            self._take_up(dataset, run)
+            health = Health(self.comm.rank, self.comm.all_gather_object)
+            shown = self._shows_progress and self.comm.is_chief
+            with Progress(title, total, run.steps, enabled=shown) as progress:
                 while run.epochs < (epochs or 1) if steps is None else run.steps < steps:
                     self._epoch(dataset, run, health, progress, steps, preemption)
             unsaved = self._save_and_wait(run) if self._checkpoint and run.moved else ""
             summary = run.summary() | health.summary() | ({"unsaved": unsaved} if self._checkpoint else {})
             if validation is not None:  # asked to end by now, it is better brought to its end than begun again
                 summary["validation"] = self.evaluate(validation)
-        if unsaved and self.comm.is_chief:
-            log.error("the training is done, but %s: save the model elsewhere", unsaved)
-        return summary
+            if unsaved and self.comm.is_chief:
+                log.error("the training is done, but %s: save the model elsewhere", unsaved)
+            return summary
+
+        with Preemption() if self._checkpoint else contextlib.nullcontext(Preemption()) as preemption:
+            return elastic.survive(self.comm, train, lambda: run.catch_up(self.step.last))
 
     def evaluate(self, dataset: Iterable) -> dict[str, float]:
         """Weighted means of the loss and the metrics over a whole data set, in inference mode.
@@ -146,6 +149,8 @@ class Trainer:
             progress.advance(out, run.speed())
             if out.stop:
                 self._end_early(run, preemption)
+            if out.regroup:
+                raise elastic.HostsChanged
             if steps is not None and run.steps >= steps:
                 break
             if self._checkpoint and self._checkpoint.due(run.steps):
@@ -154,6 +159,44 @@ class Trainer:
             raise DataError("the data set yields no batches")
         if steps is None or run.steps < steps:
             run.next_epoch()
+
+    # Where to begin ----------------------------------------------------------------------------------------------------
+
+    def _take_up(self, dataset: Iterable, run: _Run) -> None:
+        """Goes on from where the furthest rank of an elastic job is, else from the checkpoint, else begins."""
+        mine, told = None, [None]
+        if run.holds:
+            mine = {"run": run.state(), "step": self.step.settings, "micro_batches": self.step.micro_batches}
+        if self.comm.elastic:
+            told = self.comm.all_gather_object(mine)
+        furthest = max((state for state in told if state), key=lambda state: state["run"]["steps"], default=None)
+        if furthest:
+            self._follow(furthest, told.index(furthest), dataset, run)
+        elif saved := self._newest():
+            self._go_on(saved, dataset, run)
+        elif run.moved:
+            raise BackendError("all ranks that knew where the training was are gone, and there is no checkpoint of it")
+        run.holds = True
+
+    def _follow(self, state: dict[str, Any], root: int, dataset: Iterable, run: _Run) -> None:
+        """All take the state of rank `root`. Those that are behind hold nothing until they have all of it."""
+        run.holds = run.holds and run.steps == state["run"]["steps"]
+        if self.step.started:
+            self.step.regroup(root=root)
+        else:
+            self._start_step(dataset, root)
+        self.step.settings, self.step.micro_batches = state["step"], state["micro_batches"]
+        run.restore(state["run"])
+        if self.comm.is_chief:
+            log.info("%d ranks go on after step %d", self.comm.size, run.steps)
+
+    def _start_step(self, dataset: Iterable, root: int = 0) -> None:
+        """Its variables exist once it has started, for which it wants to see what a batch is like."""
+        for batch in self.comm.distribute(_of_epoch(dataset, 0, 0)):
+            self.step.start(batch, root=root)
+            break
+        else:
+            self.step.start(None, root=root)
 
     # Checkpoints -------------------------------------------------------------------------------------------------------
 
@@ -167,12 +210,7 @@ class Trainer:
 
     def _go_on(self, saved: Saved, dataset: Iterable, run: _Run) -> None:
         run.restore(saved.state["run"])
-        # The variables exist once the step has started, for which it wants to see what a batch is like.
-        for batch in self.comm.distribute(_of_epoch(dataset, 0, 0)):
-            self.step.start(batch)
-            break
-        else:
-            self.step.start(None)
+        self._start_step(dataset)
         if self.comm.is_chief:
             with self.comm.busy("reading a checkpoint"):
                 self._checkpoint.load(saved, self.step.state)
@@ -281,7 +319,8 @@ class _Run:
     def __init__(self):
         self.steps = self.skipped = self.epochs = self.batches = 0  # whole epochs, and batches of the one after them
         self.examples, self.grad_norm = 0.0, 0.0
-        self.moved = False
+        self.moved, self.last = False, None
+        self.holds = False  # whether the variables here are those of these steps
         self.means = _Means()
         self._start, self._seconds_before = time.perf_counter(), 0.0
         self._after_first: tuple[float, float] | None = None
@@ -298,7 +337,8 @@ class _Run:
         for name, value in state.items():
             if name not in ("means", "seconds"):
                 setattr(self, name, value)
-        self.means.sums, self._seconds_before = state["means"], state["seconds"]
+        self.means.sums = state["means"]
+        self._start, self._seconds_before = time.perf_counter(), state["seconds"]
 
     def next_epoch(self) -> None:
         self.epochs += 1
@@ -309,7 +349,7 @@ class _Run:
             self.means = _Means()
         self.steps += 1
         self.batches += 1
-        self.moved = True
+        self.moved, self.last = True, out
         self.skipped += not out.applied
         self.examples += float(out.examples)
         self._after_first = self._after_first or (time.perf_counter(), self.examples)
@@ -318,6 +358,11 @@ class _Run:
             named = {"loss": out.loss, **out.metrics}
             self.means.add({name: (float(x) * weight, weight) for name, x in named.items()})
         self.grad_norm = float(out.grad_norm)
+
+    def catch_up(self, last: StepOutput | None) -> None:
+        """Counts a step that has happened, and after which a rank was lost before the step could be told of."""
+        if last is not None and last is not self.last:
+            self.add(last)
 
     def speed(self) -> float:
         """Examples per second; 0.0 until the second step is done."""

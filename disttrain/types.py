@@ -54,6 +54,7 @@ class StepOutput:
         slowest worker, the wait for that one. 0.0 where there is one worker. A wait within the tape, in layers with
         `synchronized=True`, is not in it.
       traced: whether this worker traced or compiled something in this step, which therefore took longer than others will.
+      regroup: whether hosts have come or gone in an elastic job, so that all workers should call `comm.regroup()`.
     """
 
     loss: tf.Tensor
@@ -67,6 +68,7 @@ class StepOutput:
     stop: bool
     waited: float
     traced: bool
+    regroup: bool
 
 
 def as_loss(value: Any) -> Loss:

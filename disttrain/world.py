@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from disttrain.errors import BackendError
 
-# What `disttrain run` sets for ranks: how many there are, and a file descriptor that takes JSON lines about progress.
+# What `disttrain run` sets for ranks: how many there are, and a file descriptor that takes JSON lines, of rank and progress.
 WORLD_SIZE = "DISTTRAIN_WORLD_SIZE"
 PROGRESS_FD = "DISTTRAIN_PROGRESS_FD"
 
@@ -62,6 +64,18 @@ def world(environment: Mapping[str, str] = os.environ) -> World | None:
         hosts = environment["DISTTRAIN_HOSTS"].split(",")
         return World("an Indexed Job", _number(environment, "JOB_COMPLETION_INDEX"), len(hosts), 0, False)
     return None
+
+
+def elastic_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether Horovod's elastic driver has started this process, and ranks may come and go."""
+    return environment.get("HOROVOD_ELASTIC", "0") not in ("", "0")
+
+
+def tell_launcher(message: Mapping[str, Any]) -> None:
+    """A line for `disttrain run`, where that has started this process: progress, or another rank in an elastic job."""
+    if PROGRESS_FD in os.environ:
+        with contextlib.suppress(OSError):
+            os.write(int(os.environ[PROGRESS_FD]), json.dumps(message).encode() + b"\n")
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -174,7 +174,7 @@ BROKEN = [
     ("mpijob-gpu.yaml", r'-np, "32"', '-np, "8"', "ranks", r'-np, "8"'),
     ("mpijob.yaml", r"replicas: 2", "replicas: 3", "ranks", r'-np, "2"'),
     ("mpijob-elastic.yaml", r'--max-np, "4"', '--max-np, "8"', "ranks", r'--max-np, "8"'),
-    ("mpijob-elastic.yaml", r'-np, "4", --elastic', '-np, "5", --elastic', "ranks", r'-np, "5"'),
+    ("mpijob-elastic.yaml", r'-np, "4", --min-np', '-np, "5", --min-np', "ranks", r'-np, "5"'),
     # how ranks are started
     ("mpijob.yaml", r", --hostfile, /etc/mpi/hostfile", "", "hostfile", r"disttrain, run"),
     ("mpijob-elastic.yaml", r" --host-discovery-script, /etc/mpi/discover_hosts.sh,", "", "hostfile", r"disttrain, run"),

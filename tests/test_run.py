@@ -215,7 +215,7 @@ def test_it_starts_again_as_often_as_it_may(tmp_path):
 
 
 def digits(folder, script, launcher):
-    words = ["--launcher", launcher, "--elastic", "--host-discovery-script", str(script), "--max-np", "2"]
+    words = ["--launcher", launcher, "--host-discovery-script", str(script), "--max-np", "2"]
     train = ["disttrain", "train", "digits", "--resume", "auto", "--checkpoint-every", "1", "--out", str(folder)]
     train += ["--steps", "24", "--batch-size", "400"]
     return [sys.executable, "-m", "disttrain.cli", "run", *words, "--", *train]
@@ -270,7 +270,7 @@ def trainings_alive():
         with contextlib.suppress(OSError):
             line = (folder / "cmdline").read_bytes()
             mine = f"MARK={MARK}".encode() in (folder / "environ").read_bytes()
-            if mine and b"digits" in line and b"launcher.agent" not in line and b"--elastic" not in line:
+            if mine and b"digits" in line and b"launcher.agent" not in line and b"--max-np" not in line:
                 found.append(int(folder.name))
     return found
 
@@ -278,13 +278,12 @@ def trainings_alive():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--elastic", "-np", "2"], "--elastic wants --host-discovery-script"),
-        (["--host-discovery-script", "x"], "--host-discovery-script goes with --elastic"),
-        (["--elastic", "--host-discovery-script", "nowhere.sh", "-np", "2"], "nowhere.sh cannot be run"),
-        (["--elastic", "--host-discovery-script", "x", "-np", "2", "--min-np", "3"], "--min-np 3 is more than --max-np 2"),
-        (["--elastic", "--host-discovery-script", "/bin/true", "-np", "2", "--start-timeout", "1"],
+        (["--host-discovery-script", "x"], "--host-discovery-script wants --max-np or -np"),
+        (["--host-discovery-script", "nowhere.sh", "-np", "2"], "nowhere.sh cannot be run"),
+        (["--host-discovery-script", "x", "-np", "2", "--min-np", "3"], "--min-np 3 is more than --max-np 2"),
+        (["--host-discovery-script", "/bin/true", "-np", "2", "--start-timeout", "1"],
          "there is room for 0 ranks (hosts: none), and --min-np is 1"),
-        (["--elastic", "--host-discovery-script", "/bin/false", "-np", "2"], "/bin/false ended with 1"),
+        (["--host-discovery-script", "/bin/false", "-np", "2"], "/bin/false ended with 1"),
     ],
 )  # fmt: skip
 def test_an_elastic_job_that_cannot_start(words, message):
@@ -373,6 +372,7 @@ def test_what_is_set_already_stays(monkeypatch):
 def test_the_launcher_is_chosen_by_where_this_is(monkeypatch, tmp_path):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert choose_launcher("auto", []) == "mpirun"
+    assert choose_launcher("auto", [], elastic=True) == "horovodrun"
     srun = tmp_path / "srun"
     srun.write_text("#!/bin/sh\n")
     srun.chmod(0o755)

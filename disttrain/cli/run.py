@@ -41,13 +41,14 @@ _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_
     type=click.Choice(["auto", "local", "horovodrun", "mpirun", "srun"]),
     default="auto",
     show_default=True,
-    help="auto: srun in a Slurm job, else mpirun if it is installed, else horovodrun, else local (no MPI; for multiworker).",
+    help="auto: srun in a Slurm job, else mpirun if it is installed, else horovodrun, else local (no MPI; for multiworker); "
+    "horovodrun first where hosts come and go.",
 )
 @click.option("--interface", help="Network interface between hosts. Default: the one that leads to the first of them.")
 @click.option(
     "--restarts",
     type=click.IntRange(min=0),
-    help="Start again after a failure, so often. Default: 0; 10 with --elastic.",
+    help="Start again after a failure, so often. Default: 0; 10 where hosts come and go.",
 )
 @click.option(
     "--grace",
@@ -68,16 +69,17 @@ _COLORS = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_
 )
 @click.option("-x", "names", multiple=True, metavar="NAME", help="Another variable that ranks on other hosts get, too.")
 @click.option(
-    "--elastic", is_flag=True, help="Hosts come and go: with every change, on from the checkpoint with other ranks."
-)
-@click.option(
-    "--host-discovery-script", type=click.Path(dir_okay=False), help="Prints the hosts that there are, with --elastic."
+    "--host-discovery-script",
+    type=click.Path(dir_okay=False),
+    help="Hosts come and go, and the ranks with them: prints those that there are, a line 'name:slots' for each.",
 )
 @click.option(
     "--slots-per-host", type=click.IntRange(min=1), default=1, help="Of hosts that the script names without slots."
 )
-@click.option("--min-np", type=click.IntRange(min=1), default=1, help="Ranks to go on with at least, with --elastic.")
-@click.option("--max-np", type=click.IntRange(min=1), help="Ranks at most, with --elastic. Default: -np.")
+@click.option(
+    "--min-np", type=click.IntRange(min=1), default=1, help="Ranks to go on with at least, while hosts come and go."
+)
+@click.option("--max-np", type=click.IntRange(min=1), help="Ranks at most, while hosts come and go. Default: -np.")
 @click.option("--dry-run", is_flag=True, help="Show the command line that would be run, and end.")
 @click.argument("program", nargs=-1, required=True)
 def run(
@@ -91,7 +93,6 @@ def run(
     start_timeout: float,
     output: str,
     names: tuple[str, ...],
-    elastic: bool,
     host_discovery_script: str | None,
     slots_per_host: int,
     min_np: int,
@@ -107,36 +108,33 @@ def run(
     from disttrain.launcher.command import Job, choose_hosts, choose_launcher, commands, resolve
     from disttrain.launcher.hosts import parse_hosts
 
-    elastic_job = _elastic(elastic, host_discovery_script, slots_per_host, min_np, max_np or ranks)
+    elastic_job = _elastic(host_discovery_script, slots_per_host, min_np, max_np or ranks)
     if elastic_job:
         if hosts or hostfile:
-            raise click.UsageError(
-                "--elastic: the hosts are those of --host-discovery-script; leave out -H and --hostfile"
-            )
+            raise click.UsageError("the hosts are those of --host-discovery-script; leave out -H and --hostfile")
         named = elastic_job.wait(start_timeout)
         ranks = None
     else:
         named = choose_hosts(parse_hosts(hosts) if hosts else None, hostfile)
-    launcher = choose_launcher(launcher, named)
-    job = Job(resolve(list(program)), ranks or _all_slots(launcher, named), named, launcher, interface, names)
+    launcher = choose_launcher(launcher, named, elastic=elastic_job is not None)
+    ranks = ranks or _all_slots(launcher, named)
+    job = Job(resolve(list(program)), ranks, named, launcher, interface, names, elastic_job)
     if dry_run:
         for command in commands(job, {}):
             click.echo(str(command))
         return
     if restarts is None:
-        restarts = _ELASTIC_RESTARTS if elastic else 0
-    sys.exit(_attempts(job, elastic_job, restarts, grace, start_timeout, all_ranks=output == "all"))
+        restarts = _ELASTIC_RESTARTS if elastic_job else 0
+    sys.exit(_attempts(job, restarts, grace, start_timeout, all_ranks=output == "all"))
 
 
-def _elastic(wanted: bool, script: str | None, slots: int, least: int, most: int | None) -> Elastic | None:
+def _elastic(script: str | None, slots: int, least: int, most: int | None) -> Elastic | None:
     from disttrain.launcher.discovery import Elastic
 
-    if not wanted:
-        if script:
-            raise click.UsageError("--host-discovery-script goes with --elastic")
+    if script is None:
         return None
-    if script is None or most is None:
-        raise click.UsageError("--elastic wants --host-discovery-script, and --max-np or -np")
+    if most is None:
+        raise click.UsageError("--host-discovery-script wants --max-np or -np")
     if least > most:
         raise click.UsageError(f"--min-np {least} is more than --max-np {most}")
     return Elastic(os.path.abspath(script), slots, least, most)
@@ -153,24 +151,23 @@ def _all_slots(launcher: str, hosts: list) -> int:
     return slots
 
 
-def _attempts(
-    job: Job, elastic: Elastic | None, restarts: int, grace: float, start_timeout: float, *, all_ranks: bool
-) -> int:
+def _attempts(job: Job, restarts: int, grace: float, start_timeout: float, *, all_ranks: bool) -> int:
     from disttrain.errors import DisttrainError
     from disttrain.launcher import preflight
+    from disttrain.launcher.attempt import attempt
     from disttrain.launcher.discovery import Growth
-    from disttrain.launcher.supervisor import attempt
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    number, left = 0, restarts
+    number, left, elastic = 0, restarts, job.elastic
     while True:
         if elastic:
             job = _placed(job, elastic, start_timeout)
         else:
             preflight.check(job)
         start = time.monotonic()
-        resize = Growth(elastic, job.ranks) if elastic else contextlib.nullcontext(lambda: False)
-        with _Screen(console, job.ranks, all_ranks=all_ranks) as screen, resize as more:
+        restarts_to_grow = elastic and not job.survives
+        resize = Growth(elastic, job.ranks) if restarts_to_grow else contextlib.nullcontext(lambda: False)
+        with _Screen(console, elastic.most if elastic else job.ranks, all_ranks=all_ranks) as screen, resize as more:
             times = {"start_seconds": start_timeout, "grace_seconds": grace}
             outcome = attempt(job, number, screen, resize=more, **times)
         if outcome.code == 0 or outcome.interrupted:
@@ -192,7 +189,7 @@ def _attempts(
     if outcome.code == 0:
         on = f"{len(outcome.hosts)} hosts" if len(outcome.hosts) > 1 else outcome.hosts[0]
         console.print(
-            f"[bold]disttrain: {job.ranks} ranks on {on} came to their end[/], {time.monotonic() - start:.0f} s"
+            f"[bold]disttrain: {outcome.ranks} ranks on {on} came to their end[/], {time.monotonic() - start:.0f} s"
         )
     else:
         _explain(console, outcome, shown=all_ranks)
@@ -264,6 +261,9 @@ class _Screen:
             # Nobody may read any more, or in another alphabet: no reason to end the job.
             with contextlib.suppress(OSError):
                 click.echo((prefix + text).encode(errors="replace"), err=stream == "stderr")
+
+    def note(self, text: str) -> None:
+        self._console.print(f"[bold]disttrain:[/] {escape(text)}")
 
     def progress(self, rank: int, text: str) -> None:
         if rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -73,10 +74,9 @@ def init(
     _refuse_replicas(backend, replicas, "leave it out, the launcher says how many processes there are")
     comm = _processes(backend, wire, stall_timeout)
     _check_world(comm)
-    if not comm.is_chief:
-        # Rank 0 speaks; the others only when something is wrong.
-        logging.getLogger("disttrain").setLevel(logging.WARNING)
-    _agree(comm, {"bucket_mib": bucket_mib, "wire_dtype": wire_dtype, "stall_timeout": stall_timeout})
+    options = {"bucket_mib": bucket_mib, "wire_dtype": wire_dtype, "stall_timeout": stall_timeout}
+    comm.meet = functools.partial(_meet, comm, options, logging.getLogger("disttrain").level)
+    comm.meet()
     return comm
 
 
@@ -103,6 +103,13 @@ def _processes(backend: str, wire: Wire, stall_timeout: float) -> Communicator:
     from disttrain.comm.multiworker import MultiWorkerCommunicator
 
     return MultiWorkerCommunicator(wire, stall_timeout)
+
+
+def _meet(comm: Communicator, options: dict, log_level: int) -> None:
+    """What ranks do first when they have come together; in an elastic job again whenever they do."""
+    # Rank 0 speaks; the others only when something is wrong.
+    logging.getLogger("disttrain").setLevel(log_level if comm.is_chief else max(log_level, logging.WARNING))
+    _agree(comm, options)
 
 
 def _check_world(comm: Communicator) -> None:

@@ -29,6 +29,8 @@ class Communicator(Protocol):
       local_rank: of this worker among the workers of its machine.
       ops: reductions that `all_reduce` knows: those of `Op`, and what the engine has beyond them.
       is_chief: whether this worker speaks and saves for all (it holds rank 0).
+      elastic: whether workers may come and go; only then are there `hosts_changed` and `regroup`.
+      hosts_changed: whether this worker has heard that hosts have come or gone: it is time to regroup, for all together.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Communicator(Protocol):
     local_rank: int
     is_chief: bool
     ops: tuple[str, ...]
+    elastic: bool
+    hosts_changed: bool
 
     def scope(self) -> AbstractContextManager:
         """Variables, models and optimizers are made inside it, so that each replica has its copy."""
@@ -97,6 +101,16 @@ class Communicator(Protocol):
 
     def busy(self, what: str) -> AbstractContextManager:
         """Within it the others may wait for this worker longer than `stall_timeout`; `what` says for what, should it stop."""
+
+    def lost(self, error: Exception) -> bool:
+        """Whether the error, of a collective or of a program that holds one, says that a worker is gone, and others go on."""
+
+    def regroup(self) -> None:
+        """Leaves the group and joins the one that there is now; rank and size change, and all programs must be traced anew.
+
+        Raises:
+          Preempted: this worker has no place in it.
+        """
 
     def close(self) -> None:
         """Leaves the group. The communicator cannot be used afterwards."""

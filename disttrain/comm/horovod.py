@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from disttrain.comm import buckets, devices, order
+from disttrain.comm import buckets, devices, membership, order
 from disttrain.comm.communicator import OPS
+from disttrain.comm.connections import Connections
 from disttrain.comm.one_replica import OneReplica
 from disttrain.comm.watchdog import Watchdog
 from disttrain.errors import BackendError, ConfigError
 from disttrain.types import tf_variable
+from disttrain.world import elastic_job, tell_launcher
 
 # Types that its ops do not take; they travel as bytes.
 _UNKNOWN = (tf.bfloat16, tf.uint32, tf.uint64)
@@ -47,15 +49,29 @@ class HorovodCommunicator(OneReplica):
             os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(10 * max(2, int(stall_timeout))))
         devices.yield_while_waiting()
         _do_not_copy_on_one_host()
-        self._hvd.init()
-        self.rank, self.size, self.local_rank = self._hvd.rank(), self._hvd.size(), self._hvd.local_rank()
-        self.is_chief, self._wire = self.rank == 0, wire
+        self.elastic = elastic_job()
+        self._wire, self._stall_timeout, self._watchdog = wire, stall_timeout, None
+        self._join_job()
         if self._hvd.mpi_enabled():  # Horovod's Adasum needs MPI
             self.ops = (*self.ops, "adasum")
-        devices.claim(self.local_rank, self._hvd.local_size())
-        self._watchdog = None
-        if self.size > 1 and stall_timeout:
-            self._watchdog = Watchdog(self.rank, self.all_gather_object, stall_timeout)
+        devices.claim(self._hvd.local_rank(), self._hvd.local_size())
+        self._hosts = membership.Hosts() if self.elastic else None
+        self._take_place()
+
+    def _join_job(self) -> None:
+        self._connections = Connections()
+        with self._connections.opened():
+            if self.elastic:
+                membership.join(self._hvd)
+            else:
+                self._hvd.init()
+
+    def _take_place(self) -> None:
+        self.rank, self.size, self.local_rank = self._hvd.rank(), self._hvd.size(), self._hvd.local_rank()
+        self.is_chief = self.rank == 0
+        if self.size > 1 and self._stall_timeout:
+            survive = self._connections.cut if self.elastic else None
+            self._watchdog = Watchdog(self.rank, self.all_gather_object, self._stall_timeout, survive)
 
     def all_reduce(self, tensors, op="sum"):
         if self.size == 1:
@@ -98,8 +114,30 @@ class HorovodCommunicator(OneReplica):
         return self._watchdog.busy(what) if self._watchdog else super().busy(what)
 
     def close(self):
+        self._leave()
+
+    # An elastic job ---------------------------------------------------------------------------------------------------
+
+    @property
+    def hosts_changed(self):
+        return self._hosts is not None and self._hosts.changed
+
+    def lost(self, error):
+        # Horovod names its op, or says "Horovod has been shut down".
+        return self.elastic and "Horovod" in str(error)
+
+    def regroup(self):
+        self._leave()
+        self._hosts.changed = False
+        self._join_job()
+        self._take_place()
+        tell_launcher({"rank": self.rank})
+        self.meet()
+
+    def _leave(self) -> None:
         if self._watchdog:
             self._watchdog.close()
+            self._watchdog = None
         self._hvd.shutdown()
 
     # What `buckets` asks for -----------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class MirroredCommunicator:
     local_rank = 0
     is_chief = True
     ops = OPS
+    elastic = False
 
     def __init__(self, replicas: int | None = None):
         self._devices = _choose_devices(replicas)
@@ -101,6 +102,9 @@ class MirroredCommunicator:
 
     def busy(self, what):
         return contextlib.nullcontext()
+
+    def lost(self, error):
+        return False
 
     def close(self):
         pass

@@ -18,6 +18,7 @@ class OneReplica:
     rank = 0
     size = 1
     ops = OPS
+    elastic = False
 
     def scope(self):
         return contextlib.nullcontext()
@@ -50,6 +51,9 @@ class OneReplica:
 
     def busy(self, what):
         return contextlib.nullcontext()
+
+    def lost(self, error):
+        return False
 
     def check_root(self, root):
         if not 0 <= root < self.size:

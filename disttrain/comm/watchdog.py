@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from disttrain.errors import EXIT_FOLLOWED, BackendError
+from disttrain.world import tell_launcher
 
 log = logging.getLogger("disttrain")
 
@@ -36,6 +37,8 @@ _CONNECT_SECONDS = 20
 # A rank may leave while others are still on their way out of the last collective.
 _LEAVING_SECONDS = 3
 _READING_SECONDS = 0.3
+# An engine that notices by itself that a rank is gone does so at once.
+_ENGINE_SECONDS = 0.5
 # What engines raise where another rank has gone in the middle of a collective. None of them says which.
 _ENGINE_ERRORS = (
     tf.errors.AbortedError,
@@ -53,10 +56,19 @@ class Watchdog:
       rank: of this process in the group; one line for each process.
       exchange: gathers one object from every rank, in the order of ranks.
       stall_timeout: seconds after which a rank that does not answer, or that others wait for, ends the job.
+      survive: where the others go on without a rank that is lost: makes the collective fail in which this one waits for it.
+        A rank that has stopped or fallen behind is then seen to its end, alone.
     """
 
-    def __init__(self, rank: int, exchange: Callable[[Any], list], stall_timeout: float):
-        self.rank, self.stall_timeout = rank, stall_timeout
+    def __init__(
+        self,
+        rank: int,
+        exchange: Callable[[Any], list],
+        stall_timeout: float,
+        survive: Callable[[], None] | None = None,
+    ):
+        self.rank, self.stall_timeout, self._survive = rank, stall_timeout, survive
+        self._cut_at = float("inf")
         self._count, self._depth, self._what, self._since = 0, 0, "the start", time.monotonic()
         self._busy: list[str] = []
         self._lock, self._told = threading.Lock(), threading.Event()
@@ -64,7 +76,7 @@ class Watchdog:
         self._tick = min(1.0, stall_timeout / 4)
         self._processes = exchange(_Process(rank, socket.gethostname(), _machine(), os.getpid()))
         self._me, self._rank0 = self._processes[rank], self._processes[0]
-        self._server = _Server(self._processes, stall_timeout, self._tick) if rank == 0 else None
+        self._server = _Server(self._processes, stall_timeout, self._tick, survive is not None) if rank == 0 else None
         addresses, port, token = exchange(self._server and self._server.address)[0]
         self._line = _connect(addresses, port)
         self._send(kind="hello", token=token)
@@ -131,21 +143,30 @@ class Watchdog:
             for message in messages or ():
                 if message["kind"] == "bye":
                     rank0_count = message["count"]
+                elif message["kind"] == "lost":
+                    self._expect_failure(now)
                 elif message["kind"] == "verdict":
                     self._told.set()
-                    self._end(message["text"], message["stopped"])
+                    self._judge(message["text"], message["culprits"], stopped=message["stopped"])
             # A process that itself stood still cannot tell whether others did.
             heard = now if messages or now - looked > self.stall_timeout / 2 else heard
             looked = now
+            if self._survive and messages is None and rank0_count is None:
+                self._expect_failure(now)
+            if now > self._cut_at and not self._closing:
+                self._survive()
+                self._cut_at = float("inf")
             if rank0_count is not None:
                 if self._depth > 0 and self._count > rank0_count and now - self._since > _LEAVING_SECONDS:
                     self._end(f"{self._rank0} has left, {self._where()}")
-            elif messages is None:
+            elif messages is None and not self._survive:
                 self._end(f"{self._rank0} has ended without a word (killed?), {self._where()}")
-            elif now - heard > self.stall_timeout:
-                self._end(f"{self._rank0} has not answered for {self.stall_timeout:g} s, {self._where()}", stopped=0)
+            elif now - heard > self.stall_timeout and messages is not None:
+                said = f"{self._rank0} has not answered for {self.stall_timeout:g} s, {self._where()}"
+                self._judge(said, [0], stopped=True)
             if messages is None:
                 time.sleep(self._tick)
+        self._line.close()
 
     def _beat(self) -> None:
         with self._lock:
@@ -156,12 +177,26 @@ class Watchdog:
     def _where(self) -> str:
         return f"{self._me} {'waits in' if self._depth else 'is past'} {self._what}"
 
-    def _end(self, text: str, stopped: int | None = None) -> None:
+    def _judge(self, text: str, culprits: list[int], *, stopped: bool) -> None:
+        """Ends this process, and those that have stopped; or where the others survive, the culprits alone."""
+        others = [self._processes[rank] for rank in culprits if rank != self.rank]
+        if stopped or self._survive:
+            for process in others:
+                process.kill_from(self._me)
+        if self._survive and self.rank not in culprits:
+            tell_launcher({"stop": culprits})
+            self._expect_failure(time.monotonic())
+        else:
+            self._end(text)
+
+    def _expect_failure(self, now: float) -> None:
+        """A rank is lost, of which the engine may know nothing for long: it is told so if it does not find out by itself."""
+        self._cut_at = min(self._cut_at, now + _ENGINE_SECONDS)
+
+    def _end(self, text: str) -> None:
         if not self._closing and not self._raising:
             log.error("rank %d ends: %s", self.rank, text)
             _flush()
-            if stopped is not None:
-                self._processes[stopped].kill_from(self._me)
             os._exit(EXIT_FOLLOWED)
 
     def _hook(self) -> None:
@@ -172,7 +207,7 @@ class Watchdog:
             if self._closing or os.getpid() != self._me.pid:
                 before(kind, value, traceback)
                 return
-            if issubclass(kind, _ENGINE_ERRORS):
+            if issubclass(kind, _ENGINE_ERRORS) and not self._survive:
                 # Most likely another rank has gone. Rank 0 finds out which, and ends this process meanwhile.
                 with self.waiting(self._what):
                     time.sleep(2 * _LEAVING_SECONDS)
@@ -212,8 +247,8 @@ class _Process(NamedTuple):
 class _Server:
     """On rank 0: hears all ranks and judges."""
 
-    def __init__(self, processes: list[_Process], stall_timeout: float, tick: float):
-        self._timeout, self._tick = stall_timeout, tick
+    def __init__(self, processes: list[_Process], stall_timeout: float, tick: float, survive: bool):
+        self._timeout, self._tick, self._survive = stall_timeout, tick, survive
         self._ranks = [_Rank(process) for process in processes]
         self._token = secrets.token_hex(16)
         one_host = len({process.host for process in processes}) == 1
@@ -228,7 +263,7 @@ class _Server:
         selector.register(self._listener, selectors.EVENT_READ, None)
         judged = time.monotonic()
         patient_until = 0.0
-        while True:
+        while not all(rank.gone for rank in self._ranks):
             for key, _ in selector.select(self._tick):
                 if key.data is None:
                     line, _ = self._listener.accept()
@@ -243,11 +278,15 @@ class _Server:
             if self._certain or now - judged > self._tick:
                 judged = now
                 self._tell({"kind": "beat"})
-                verdict = self._accident(now) or (now > patient_until and self._stall(now))
+                accident = None if self._survive else self._accident(now)
+                verdict = accident or (now > patient_until and self._stall(now))
                 if verdict:
-                    text, stopped = verdict
-                    self._tell({"kind": "verdict", "text": text, "stopped": stopped})
-                    return
+                    text, culprits, stopped = verdict
+                    self._tell({"kind": "verdict", "text": text, "culprits": culprits, "stopped": stopped})
+                    if not self._survive:
+                        return
+                    patient_until = now + self._timeout
+        self._listener.close()
 
     def _hear(self, line: socket.socket, lines: _Lines) -> bool:
         """Takes in what came over a line; False when it has ended."""
@@ -261,6 +300,8 @@ class _Server:
             for rank in self._ranks:
                 rank.gone = rank.gone or rank.line is line
                 self._certain |= rank.gone and not rank.left
+            if self._survive and self._certain:
+                self._tell({"kind": "lost"})
         return messages is not None
 
     def _take(self, line: socket.socket, message: dict) -> None:
@@ -282,33 +323,34 @@ class _Server:
                 with contextlib.suppress(OSError):
                     rank.line.sendall(data)
 
-    def _accident(self, now: float) -> tuple[str, None] | None:
+    def _accident(self, now: float) -> tuple[str, list[int], bool] | None:
         """Who has raised, died, or left the others waiting; None if nobody has."""
         front = self._front()
         for rank in self._ranks:
             if rank.raised:
-                return f"{rank.process} raised {rank.raised}", None
+                return f"{rank.process} raised {rank.raised}", [], False
         for rank in self._ranks:
             if rank.gone and not rank.left:
-                return f"{rank.process} has ended without a word (killed?); it was {rank.place()}", None
+                return f"{rank.process} has ended without a word (killed?); it was {rank.place()}", [], False
             if rank.left and front and front.count > rank.count and front.waited(now) > _LEAVING_SECONDS:
-                return f"{rank.process} has left, and {front.process} waits for it in {front.what}", None
+                return f"{rank.process} has left, and {front.process} waits for it in {front.what}", [], False
         return None
 
-    def _stall(self, now: float) -> tuple[str, int | None] | None:
+    def _stall(self, now: float) -> tuple[str, list[int], bool] | None:
         """Who has fallen behind, or has stopped and must be killed; None if nobody has."""
         front = self._front()
         for rank in self._ranks:
             if not rank.left and now - rank.heard > self._timeout:
                 others = f"; {front.process} waits in {front.what}" if front and front is not rank else ""
                 said = f"{rank.process} has not answered for {self._timeout:g} s; it was {rank.place()}{others}"
-                return said, rank.process.rank
+                return said, [rank.process.rank], True
         if front and front.waited(now) > self._timeout:
             behind = [r for r in self._ranks if r.count < front.count]
             # One that was busy has as long as ever from then on.
             if behind and now - max(r.busy_until for r in behind) > self._timeout:
                 said = "; ".join(f"{r.process} has not come there, it was {r.place()}" for r in behind)
-                return f"{front.process} has waited for {self._timeout:g} s in {front.what}: {said}", None
+                waited = f"{front.process} has waited for {self._timeout:g} s in {front.what}: {said}"
+                return waited, [r.process.rank for r in behind], False
         return None
 
     def _front(self) -> _Rank | None:

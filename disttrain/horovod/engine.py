@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import tensorflow as tf
 
 from disttrain.errors import BackendError
 from disttrain.types import tf_variable
+from disttrain.world import elastic_job
 
 try:
     import horovod.tensorflow as hvd
@@ -23,11 +23,6 @@ except (ImportError, tf.errors.OpError) as error:
     raise BackendError(f"Horovod cannot be imported ({error}): run `disttrain build-horovod`") from error
 
 __all__ = ["elastic_job", "hvd", "plain", "takes_keras"]
-
-
-def elastic_job() -> bool:
-    """Whether ranks may come and go."""
-    return bool(int(os.environ.get("HOROVOD_ELASTIC") or 0))
 
 
 def plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from disttrain.errors import BackendError, ConfigError
+from disttrain.launcher.discovery import Elastic
 from disttrain.launcher.hosts import Host, is_local, read_hostfile, ssh_agent
 from disttrain.launcher.interfaces import towards
 
@@ -24,6 +25,9 @@ _TRAVELS = (
     "CUDA_", "CUBLAS_", "DISTTRAIN_", "HOROVOD_", "KERAS_", "LD_LIBRARY_PATH", "MKL_", "NCCL_", "OMP_", "OMPI_MCA_", "PATH",
     "PYTHON", "TF_", "UCX_", "VIRTUAL_ENV", "XLA_",
 )  # fmt: skip
+
+# After a failure on a host, Horovod's driver waits from twice the first on, up to the second, before it starts ranks there.
+_COOLDOWN_SECONDS = ("5", "300")
 
 
 class Job(NamedTuple):
@@ -36,6 +40,7 @@ class Job(NamedTuple):
       launcher: one of `LAUNCHERS` but "auto".
       interface: name of the network interface between hosts; None: the one that leads to the first other host.
       names: of variables that ranks on other hosts get besides those that are known to matter.
+      elastic: how many ranks there may be and where, if hosts come and go.
     """
 
     program: list[str]
@@ -44,6 +49,12 @@ class Job(NamedTuple):
     launcher: str
     interface: str | None = None
     names: tuple[str, ...] = ()
+    elastic: Elastic | None = None
+
+    @property
+    def survives(self) -> bool:
+        """Whether the ranks that are left go on when one is lost: with Horovod's elastic driver."""
+        return self.elastic is not None and self.launcher == "horovodrun"
 
     @property
     def others(self) -> list[Host]:
@@ -79,8 +90,10 @@ def choose_hosts(text: list[Host] | None, hostfile: str | None) -> list[Host]:
     return read_hostfile(hostfile) if hostfile else (text or [])
 
 
-def choose_launcher(wanted: str, hosts: list[Host]) -> str:
+def choose_launcher(wanted: str, hosts: list[Host], *, elastic: bool = False) -> str:
     """What "auto" means here: srun in Slurm's allocation, else mpirun where it is installed, else what else is there.
+
+    For an elastic job horovodrun comes first: there ranks survive the loss of others.
 
     Raises:
       BackendError: the launcher is not installed, or cannot do what is asked for.
@@ -88,7 +101,8 @@ def choose_launcher(wanted: str, hosts: list[Host]) -> str:
     in_slurm = "SLURM_JOB_ID" in os.environ and which("srun") is not None
     if wanted == "auto":
         several = any(not is_local(host.name) for host in hosts)
-        found = [name for name in ("mpirun", "horovodrun") if which(name)]
+        names = ("horovodrun", "mpirun") if elastic else ("mpirun", "horovodrun")
+        found = [name for name in names if which(name)]
         wanted = "srun" if in_slurm and not hosts else next(iter(found), "mpirun" if several else "local")
     if wanted == "local" and any(not is_local(host.name) for host in hosts):
         raise BackendError("--launcher local starts ranks on this machine alone: use mpirun or horovodrun for -H")
@@ -212,14 +226,33 @@ def _nccl(job: Job) -> dict[str, str]:
 def _horovodrun(job: Job, agent: list[str], environment: dict[str, str]) -> list[Command]:
     hosts = job.hosts or [Host("localhost", job.ranks)]
     words = [which("horovodrun"), "--gloo", "-np", str(job.ranks)]
-    words += ["-H", ",".join(f"{host.name}:{host.slots}" for host in hosts)]
     settings = _nccl(job)
-    if job.others:
-        interface = towards(job.others[0].name, job.interface)
-        if interface:
-            words += ["--network-interface", interface.name]
+    if job.elastic:
+        words += _membership(job.elastic)
+        # What it says of a lost connection, in every rank that survives, is no error there.
+        settings["HOROVOD_LOG_LEVEL"] = os.environ.get("HOROVOD_LOG_LEVEL", "fatal")
+    else:
+        words += ["-H", ",".join(f"{host.name}:{host.slots}" for host in hosts)]
+    interface = _interface(job)
+    if interface:
+        words += ["--network-interface", interface]
+    if job.others or job.elastic:
         settings["PATH"] = f"{Path(__file__).with_name('bin')}{os.pathsep}{os.environ['PATH']}"
     return [Command([*words, *agent], environment | settings)]
+
+
+def _membership(elastic: Elastic) -> list[str]:
+    """A host on which a rank has failed is tried again later: in Kubernetes a new pod has the old one's name."""
+    words = ["--min-np", str(elastic.least), "--max-np", str(elastic.most), "--slots-per-host", str(elastic.slots)]
+    return [*words, "--host-discovery-script", elastic.script, "--blacklist-cooldown-range", *_COOLDOWN_SECONDS]
+
+
+def _interface(job: Job) -> str | None:
+    if job.others:
+        found = towards(job.others[0].name, job.interface)
+        return found and found.name
+    # Horovod's elastic driver would ask two hosts for one that they share, and wait for the second.
+    return (job.interface or "lo") if job.elastic else None
 
 
 def _srun(job: Job, agent: list[str], environment: dict[str, str]) -> list[Command]:

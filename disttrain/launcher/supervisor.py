@@ -1,4 +1,4 @@
-"""One attempt at a job: starts it, watches every rank, and says how it has ended and whose fault that was."""
+"""Starts a job, watches every rank, and says how it has ended and whose fault that was."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Outcome(NamedTuple):
       lines: the last lines of the rank that the reason names.
       interrupted: a signal to the launcher was the reason: not to be started again.
       hosts: names of the hosts on which ranks ran.
+      ranks: how many there were at the end.
     """
 
     code: int
@@ -48,6 +49,7 @@ class Outcome(NamedTuple):
     lines: list[str]
     interrupted: bool
     hosts: list[str]
+    ranks: int
 
 
 class Show(Protocol):
@@ -59,28 +61,11 @@ class Show(Protocol):
     def progress(self, rank: int, text: str) -> None:
         """JSON, as `disttrain.observe.progress` writes it."""
 
-
-def attempt(
-    job: Job,
-    number: int,
-    show: Show,
-    *,
-    start_seconds: float,
-    grace_seconds: float,
-    resize: Callable[[], bool] = lambda: False,
-) -> Outcome:
-    """Starts the job once and returns when nothing of it is left.
-
-    Args:
-      number: of the attempt, from 0; ranks find it as DISTTRAIN_ATTEMPT.
-      start_seconds: within which all ranks must be there.
-      grace_seconds: that ranks have to save and end after a signal to the launcher.
-      resize: asked again and again; where it says yes, ranks are to save and end, to be started again on other hosts.
-    """
-    return _Supervisor(job, number, show, start_seconds, grace_seconds, resize).run()
+    def note(self, text: str) -> None:
+        """What the launcher itself has to say."""
 
 
-class _Rank:
+class Rank:
     """What is known of one rank."""
 
     def __init__(self, line: Line, hello: dict[str, Any]):
@@ -102,7 +87,9 @@ class _Rank:
             self.line.send(kind, **message)
 
 
-class _Supervisor:
+class Supervisor:
+    """Of a job that is whole or nothing: a rank that fails ends it. See `attempt` for the arguments."""
+
     def __init__(
         self,
         job: Job,
@@ -114,8 +101,8 @@ class _Supervisor:
     ):
         self._job, self._number, self._show, self._grace = job, number, show, grace_seconds
         self._resize, self._resized = resize, False
-        self._ranks: dict[int, _Rank] = {}
-        self._failure: tuple[int, str, _Rank | None] | None = None
+        self._ranks: dict[int, Rank] = {}
+        self._failure: tuple[int, str, Rank | None] | None = None
         self._interrupted, self._signals_taken = False, 0
         self._start_until = time.monotonic() + start_seconds
         self._stop_at = self._over_at = float("inf")
@@ -141,14 +128,14 @@ class _Supervisor:
     @contextlib.contextmanager
     def _listening(self):
         addresses = ["127.0.0.1"]
-        if self._job.others or self._job.launcher == "srun":
+        if self._job.others or self._job.elastic or self._job.launcher == "srun":
             addresses = [x.address for x in interfaces() if not x.address.startswith("127.")] + addresses
         with socket.create_server(("" if len(addresses) > 1 else addresses[0], 0), backlog=1024) as server:
             self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
             yield f"{','.join(addresses)}:{server.getsockname()[1]}"
 
     def _start(self, address: str) -> list[subprocess.Popen]:
-        environment = {ADDRESS: address, TOKEN: self._token, WORLD_SIZE: str(self._job.ranks)}
+        environment = {ADDRESS: address, TOKEN: self._token} | self._world()
         processes = []
         for words, more in commands(self._job, environment):
             process = subprocess.Popen(
@@ -162,6 +149,10 @@ class _Supervisor:
             self._selector.register(process.stdout, selectors.EVENT_READ, self._launcher_reader(process))
             processes.append(process)
         return processes
+
+    def _world(self) -> dict[str, str]:
+        """What ranks are told to make sure of."""
+        return {WORLD_SIZE: str(self._job.ranks)}
 
     def _launcher_reader(self, process: subprocess.Popen) -> Callable[[], None]:
         def read() -> None:
@@ -191,11 +182,11 @@ class _Supervisor:
         if hello is None:
             line.close()
             return
-        rank = _Rank(line, hello)
+        rank = Rank(line, hello)
         self._selector.register(line, selectors.EVENT_READ, lambda: self._hear(rank))
         self._welcome(rank)
 
-    def _welcome(self, rank: _Rank) -> None:
+    def _welcome(self, rank: Rank) -> None:
         size, other = rank.hello["size"], self._ranks.get(rank.rank)
         if size != self._job.ranks:
             self._fail(
@@ -232,7 +223,7 @@ class _Supervisor:
 
     # Watching ----------------------------------------------------------------------------------------------------------
 
-    def _hear(self, rank: _Rank) -> None:
+    def _hear(self, rank: Rank) -> None:
         try:
             messages = rank.line.read()
         except (OSError, ValueError):
@@ -249,18 +240,18 @@ class _Supervisor:
             if not rank.over:
                 self._lose(rank, "is gone: its host or what started it there was lost")
 
-    def _take_output(self, rank: _Rank, stream: str, text: str) -> None:
+    def _take_output(self, rank: Rank, stream: str, text: str) -> None:
         if stream == "progress":
             self._show.progress(rank.rank, text)
             return
         rank.lines.append(text)
         self._show.output(rank.rank, stream, text)
 
-    def _take_exit(self, rank: _Rank, code: int) -> None:
+    def _take_exit(self, rank: Rank, code: int) -> None:
         rank.code = code
         if code != 0:
             exit_code = code if code > 0 else 128 - code
-            how = f"ended with exit code {code}" if code > 0 else f"was killed by {_name_of(-code)}"
+            how = how_it_ended(code)
             if self._failure and self._failure[0] == EXIT_FOLLOWED and self._failure[2] and code != EXIT_FOLLOWED:
                 self._failure = None  # that one only followed this one
             self._fail(exit_code, f"{rank} {how}", rank)
@@ -273,7 +264,7 @@ class _Supervisor:
             self._interrupted = True
             self._wind_up(128 + number, f"interrupted by {_name_of(number)} from Slurm", self._grace)
 
-    def _lose(self, rank: _Rank, how: str) -> None:
+    def _lose(self, rank: Rank, how: str) -> None:
         rank.lost = True
         self._fail(EXIT_RESUME, f"{rank} {how}", rank)
 
@@ -327,7 +318,7 @@ class _Supervisor:
 
     # Ending ------------------------------------------------------------------------------------------------------------
 
-    def _fail(self, code: int, reason: str, rank: _Rank | None = None) -> None:
+    def _fail(self, code: int, reason: str, rank: Rank | None = None) -> None:
         """The first failure counts; the others are given time to say what they know, and are then stopped."""
         if self._failure is None:
             self._failure = (code, reason, rank)
@@ -420,7 +411,12 @@ class _Supervisor:
             # All have saved, or were done anyway.
             code = max(codes)
             reason = f"{reason}; all ranks have saved and can go on from there" if code else ""
-        return Outcome(code, reason, list(rank.lines) if rank else [], self._interrupted, hosts)
+        return Outcome(code, reason, list(rank.lines) if rank else [], self._interrupted, hosts, len(self._ranks))
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code that is not 0 in words, a signal as its negative number."""
+    return f"ended with exit code {code}" if code > 0 else f"was killed by {_name_of(-code)}"
 
 
 def _name_of(number: int) -> str:

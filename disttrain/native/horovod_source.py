@@ -64,6 +64,59 @@ PATCHES = (
         "  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);\n"
         "}\n",
     ),
+    # In an elastic job ranks meet anew, and one that should come may not. That would end all others by std::terminate, where
+    # they should learn of it, as of other failures to begin, and try again.
+    Patch(
+        "horovod/common/operations.cc",
+        "  {\n"
+        "    global_gloo_context.Initialize(ParseGlooIface());\n"
+        "  }\n"
+        "  if (state.control_operation == LibType::GLOO) {\n"
+        "    // Initializes global controller\n"
+        "    state.process_set_table.Initialize(global_gloo_context);\n"
+        "  }\n",
+        "  try {\n"
+        "    global_gloo_context.Initialize(ParseGlooIface());\n"
+        "  } catch (const std::exception& ex) {\n"
+        "    GiveUpOnGloo(state, ex);\n"
+        "    return;\n"
+        "  }\n"
+        "  if (state.control_operation == LibType::GLOO) {\n"
+        "    // Initializes global controller\n"
+        "    try {\n"
+        "      state.process_set_table.Initialize(global_gloo_context);\n"
+        "    } catch (const std::exception& ex) {\n"
+        "      GiveUpOnGloo(state, ex);\n"
+        "      return;\n"
+        "    }\n"
+        "  }\n",
+    ),
+    Patch(
+        "horovod/common/operations.cc",
+        "void BackgroundThreadLoop(HorovodGlobalState& state) {\n",
+        "#if HAVE_GLOO\n"
+        "static void GiveUpOnGloo(HorovodGlobalState& state, const std::exception& ex) {\n"
+        '  LOG(ERROR) << "Horovod could not be initialized: " << ex.what();\n'
+        "  if (state.control_operation == LibType::GLOO) {\n"
+        "    state.process_set_table.Finalize(global_gloo_context, SHUT_DOWN_ERROR);\n"
+        "  }\n"
+        "  global_gloo_context.Finalize();\n"
+        "  state.initialization_failed = true;\n"
+        "}\n"
+        "#endif\n\n"
+        "void BackgroundThreadLoop(HorovodGlobalState& state) {\n",
+    ),
+    Patch(
+        "horovod/common/operations.cc",
+        "    // Reset initialization flag\n",
+        "    // Reset initialization flags\n    horovod_global.initialization_failed = false;\n",
+    ),
+    # How a rank that has no place in the job any more can tell this from other failures.
+    Patch(
+        "horovod/common/gloo/gloo_context.cc",
+        "      // Signals that this host is not part of the job\n",
+        '      // Signals that this host is not part of the job\n      SetEnv(HOROVOD_RANK, "-1");\n',
+    ),
 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import time
 from types import TracebackType
@@ -13,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from disttrain.types import StepOutput
-from disttrain.world import PROGRESS_FD
+from disttrain.world import PROGRESS_FD, tell_launcher
 
 # Numbers are fetched from the device only so often: a person cannot read faster.
 _SECONDS_BETWEEN_UPDATES = 0.2
@@ -65,7 +63,5 @@ class Progress:
     def _show(self, out: StepOutput, speed: float) -> None:
         numbers = f"loss {float(out.loss):.4f}, grad norm {float(out.grad_norm):.3f}, {speed:,.0f} ex/s"
         self._bar.update(self._task, completed=self._done, numbers=numbers)
-        if self._enabled and PROGRESS_FD in os.environ:
-            said = {"title": self._title, "total": self._total, "done": self._done, "numbers": numbers}
-            with contextlib.suppress(OSError):
-                os.write(int(os.environ[PROGRESS_FD]), json.dumps(said).encode() + b"\n")
+        if self._enabled:
+            tell_launcher({"title": self._title, "total": self._total, "done": self._done, "numbers": numbers})

@@ -93,7 +93,7 @@ class Options:
         run += [word for name in self.environment if not TRAVELS.fullmatch(name) for word in ("-x", name)]
         if not self.elastic:
             return [*run, "--hostfile", "/etc/mpi/hostfile"]
-        run += ["--elastic", "--min-np", str(self.elastic * slots), "--max-np", str(self.ranks)]
+        run += ["--min-np", str(self.elastic * slots), "--max-np", str(self.ranks)]
         # The operator's script prints names alone.
         return [*run, "--host-discovery-script", "/etc/mpi/discover_hosts.sh", "--slots-per-host", str(slots)]
 
