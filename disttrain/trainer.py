@@ -135,7 +135,7 @@ class Trainer:
     ) -> None:
         dataset = _of_epoch(dataset, run.epochs, run.batches)
         batches = self.comm.distribute(dataset)
-        known = self.comm.all_gather_object((_length(batches), getattr(dataset, "fingerprint", None)))
+        known = self.comm.all_gather_object((_length(batches), getattr(dataset, "same_on_all_ranks", None)))
         lengths, fingerprints = zip(*known, strict=True)
         _check_same_data(fingerprints)
         if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):

@@ -65,7 +65,7 @@ class Batches:
         return self.epoch(0).share(rank, ranks)
 
     @property
-    def fingerprint(self) -> str:
+    def same_on_all_ranks(self) -> str:
         """What must be the same on all ranks, in words."""
         files = np.asarray(self.source.files, np.int64)
         order = f"shuffled by seed {self._seed}" if self._shuffle else "not shuffled"
@@ -120,9 +120,9 @@ class Epoch:
         return dataclasses.replace(self, rank=rank, ranks=ranks)
 
     @property
-    def fingerprint(self) -> str:
+    def same_on_all_ranks(self) -> str:
         """See `Batches`."""
-        return self.batches.fingerprint
+        return self.batches.same_on_all_ranks
 
     def __len__(self) -> int:
         return len(self.steps)
