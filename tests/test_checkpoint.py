@@ -144,6 +144,7 @@ def test_a_run_that_was_killed_goes_on_on_other_ranks_and_backends(local, tmp_pa
     result = launch("mpi", 3, "resume", struck, steps, 0, timeout=200).check()
     begun = result.reports[0]["start"]
     assert 3 <= begun < steps
+    keras.utils.clear_session()  # names as in the processes of the ranks
     with local.scope():
         model, optimizer = problem.build(), problem.OPTIMIZERS["adam"]()
     step = dt.TrainStep(model, optimizer, loss_fn=problem.losses, comm=local, jit=False)
@@ -577,6 +578,18 @@ def test_a_damaged_one_does_not_push_out_whole_ones(local, saved, tmp_path):
     damage(tmp_path / "step-000000004", "truncated")
     train(make(local, dt.Checkpointer(tmp_path, keep=1)), Batches(columns(), 8), steps=3)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000003"]
+
+
+def test_the_same_model_built_again_in_one_process_is_told_why(local, tmp_path):
+    """Keras counts layers on; "dense_1" of the second is "dense" of the first."""
+    train(make(local, dt.Checkpointer(tmp_path)), Batches(columns(), 8), steps=1)
+    keras.utils.clear_session()
+    with local.scope():
+        keras.Sequential([keras.Input((6,)), keras.layers.Dense(5)])
+        layers = [keras.Input((6,)), keras.layers.Dense(5), keras.layers.BatchNormalization()]
+        again = keras.Sequential([*layers, keras.layers.Dropout(0.5), keras.layers.Dense(3)])
+    with pytest.raises(DataError, match=r"Names differ by numbers alone: keras.utils.clear_session\(\)"):
+        dt.Checkpointer(tmp_path).export(again, tmp_path / "model.keras")
 
 
 def test_another_model_is_refused(local, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -170,9 +171,11 @@ class Checkpointer:
         ]
         if said:
             more = f", and {len(said) - 3} more" if len(said) > 3 else ""
-            raise DataError(
-                f"{saved.folder} is not of this training: {', '.join(said[:3])}{more}. Choose another folder, or build the same"
-            )
+            mend = "Choose another folder, or build the same"
+            if set(map(_unnumbered, named)) <= set(map(_unnumbered, values)):
+                # As in a notebook, in which the model is built a second time.
+                mend = "Names differ by numbers alone: keras.utils.clear_session() before building lets them begin anew"
+            raise DataError(f"{saved.folder} is not of this training: {', '.join(said[:3])}{more}. {mend}")
         for name, variable in named.items():
             variable.assign(values[name])
 
@@ -218,6 +221,11 @@ def _step_back() -> None:
     """Gives way to the threads that train, where the system knows a thread's own priority."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _unnumbered(name: str) -> str:
+    """A variable's name without the numbers that Keras counts up in a process."""
+    return re.sub(r"_\d+(?=/|$)", "", name)
 
 
 def _named(variables: Sequence[Variable]) -> dict[str, Variable]:
