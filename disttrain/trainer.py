@@ -26,7 +26,7 @@ log = logging.getLogger("disttrain")
 
 
 class Trainer:
-    """Runs a `TrainStep` over a data set.
+    """Runs a `TrainStep` over a data set. In an elastic job it goes on while workers come and go; see `disttrain.elastic`.
 
     Args:
       step: the step.
@@ -79,7 +79,8 @@ class Trainer:
           DataError: the data set is empty, it is a `Batches` that is not the same on all ranks, or the checkpoint is of another
             training.
           Preempted: a signal asked the training to end, and its checkpoint is saved. On all ranks, after the same step; it ends
-            the process with exit code 75 unless it is caught.
+            the process with exit code 75 unless it is caught. Or in an elastic job this worker has no place any more.
+          BackendError: in an elastic job all workers that knew its state are gone, and there is no checkpoint.
         """
         if epochs is not None and steps is not None:
             raise ConfigError(f"epochs={epochs} and steps={steps}: give one of the two")

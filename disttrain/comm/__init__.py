@@ -75,8 +75,10 @@ def init(
     comm = _processes(backend, wire, stall_timeout)
     _check_world(comm)
     options = {"bucket_mib": bucket_mib, "wire_dtype": wire_dtype, "stall_timeout": stall_timeout}
-    comm.meet = functools.partial(_meet, comm, options, logging.getLogger("disttrain").level)
-    comm.meet()
+    meet = functools.partial(_meet, comm, options, logging.getLogger("disttrain").level)
+    meet()
+    if comm.elastic:
+        comm.on_regroup = meet
     return comm
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,8 @@ class HorovodCommunicator(OneReplica):
             self.ops = (*self.ops, "adasum")
         devices.claim(self._hvd.local_rank(), self._hvd.local_size())
         self._hosts = membership.Hosts() if self.elastic else None
+        # What those that join do in `dt.init`, those that are here must do with them.
+        self.on_regroup: Callable[[], None] = lambda: None
         self._take_place()
 
     def _join_job(self) -> None:
@@ -132,7 +135,7 @@ class HorovodCommunicator(OneReplica):
         self._join_job()
         self._take_place()
         tell_launcher({"rank": self.rank})
-        self.meet()
+        self.on_regroup()
 
     def _leave(self) -> None:
         if self._watchdog:
