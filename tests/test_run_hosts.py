@@ -1,6 +1,7 @@
 """`disttrain run` over ssh on three hosts, which are network namespaces of this machine: exact, fast on a slow link, and never a
 success that was none."""
 
+import json
 import os
 import re
 import signal
@@ -194,3 +195,47 @@ def test_ranks_that_all_run_here_are_refused(hosts):
     assert (code != 0, left) == (True, {}), output
     assert "ranks run on 1 hosts (h1), and 2 were asked for (h1, localhost)" in output
     assert "attempt" not in output
+
+
+def test_an_elastic_job_loses_a_host_and_takes_another(hosts, tmp_path):
+    """The link to h2 is cut in mid-training; h1 goes on alone, and then with h3."""
+    script, listed = tmp_path / "discover.sh", tmp_path / "hosts"
+    script.write_text(f"#!/bin/sh\ncat {listed}\n")
+    script.chmod(0o755)
+    listed.write_text("h1:1\nh2:1\n")
+    steps = 150
+    words = ["--host-discovery-script", str(script), "--max-np", "2"]
+    program = [str(HERE / "ranks" / "elastic.py"), str(tmp_path), str(steps)]
+
+    def wait_for_steps(ranks):
+        until, before = time.monotonic() + 120, len(notes(tmp_path))
+        while not any(note["ranks"] == ranks for note in notes(tmp_path)[before:]):
+            assert job.poll() is None, job.stdout.read()
+            assert time.monotonic() < until, notes(tmp_path)[-1:]
+            time.sleep(0.2)
+
+    with start(hosts, *words, program=program, STALL_TIMEOUT="10", STEP_SECONDS="0.2") as job:
+        try:
+            wait_for_steps(2)
+            hosts.cut("h2")
+            wait_for_steps(1)
+            listed.write_text("h1:1\nh3:1\n")
+            wait_for_steps(2)
+        finally:
+            hosts.mend("h2")
+        code, output, left = finish(hosts, job, 120)
+    assert code == 0, output
+    assert left == {}
+    assert re.search(
+        r"rank \d on h2 has not answered for 10 s: its host is down, or the network is cut; 1 go on", output
+    )
+    assert {note["step"] for note in notes(tmp_path)} == set(range(1, steps + 1))
+    ends = [np.load(path) for path in tmp_path.glob("end-*.npz")]
+    assert len(ends) == 2, output
+    assert all(ends[0][name].tobytes() == ends[1][name].tobytes() for name in ends[0].files)
+
+
+def notes(folder):
+    """What the ranks have noted, oldest first."""
+    lines = [line for path in folder.glob("seen-*.jsonl") for line in path.read_text().splitlines(keepends=True)]
+    return sorted((json.loads(line) for line in lines if line.endswith("\n")), key=lambda note: note["time"])

@@ -340,12 +340,12 @@ class _Server:
         """Who has fallen behind, or has stopped and must be killed; None if nobody has."""
         front = self._front()
         for rank in self._ranks:
-            if not rank.left and now - rank.heard > self._timeout:
+            if not (rank.left or rank.gone) and now - rank.heard > self._timeout:
                 others = f"; {front.process} waits in {front.what}" if front and front is not rank else ""
                 said = f"{rank.process} has not answered for {self._timeout:g} s; it was {rank.place()}{others}"
                 return said, [rank.process.rank], True
         if front and front.waited(now) > self._timeout:
-            behind = [r for r in self._ranks if r.count < front.count]
+            behind = [r for r in self._ranks if r.count < front.count and not r.gone]
             # One that was busy has as long as ever from then on.
             if behind and now - max(r.busy_until for r in behind) > self._timeout:
                 said = "; ".join(f"{r.process} has not come there, it was {r.place()}" for r in behind)
@@ -411,9 +411,13 @@ class _Lines:
 
 
 def _machine() -> str:
-    """The same for all processes that can signal each other by their ids: a boot, and a container in it."""
+    """The same for all processes that can signal each other by their ids: a boot, and a container in it.
+
+    One with a network of its own counts as another machine: cut off from rank 0 it must not end that one.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        spaces = os.readlink("/proc/self/ns/pid") + os.readlink("/proc/self/ns/net")
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + spaces
     except OSError:
         return secrets.token_hex(16)
 

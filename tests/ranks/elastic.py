@@ -48,6 +48,7 @@ class Noting(dt.TrainStep):
         examples = int(out.examples)
         sums = {name: round(float(mean) * examples) for name, mean in out.metrics.items()}
         note = {"step": out.step, "ranks": comm.size, "loss": float(out.loss), "examples": examples, **sums}
+        note["time"] = time.time()
         note["parts"] = -(-self.micro_batches // comm.size)
         with (FOLDER / f"seen-{os.getpid()}.jsonl").open("a") as file:
             file.write(json.dumps(note) + "\n")
