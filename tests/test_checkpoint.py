@@ -144,7 +144,7 @@ def test_a_run_that_was_killed_goes_on_on_other_ranks_and_backends(local, tmp_pa
     result = launch("mpi", 3, "resume", struck, steps, 0, timeout=200).check()
     begun = result.reports[0]["start"]
     assert 3 <= begun < steps
-    keras.utils.clear_session()  # names as in the processes of the ranks
+    keras.backend.clear_session(free_memory=False)  # names as in the processes of the ranks
     with local.scope():
         model, optimizer = problem.build(), problem.OPTIMIZERS["adam"]()
     step = dt.TrainStep(model, optimizer, loss_fn=problem.losses, comm=local, jit=False)
