@@ -155,25 +155,19 @@ def test_a_source_that_is_not_there_or_not_the_one(cache, tmp_path, monkeypatch)
     assert not (tmp_path / "was run").exists()
 
 
-def test_patches_fit_once_or_fail_loudly(tmp_path):
-    def write(copies):
-        for patch in horovod_source.PATCHES:
-            (tmp_path / patch.file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / patch.file).write_text(f"before\n{patch.old * copies}\nafter\n")
-
-    write(copies=1)
-    for patch in horovod_source.PATCHES:
-        patch.apply(tmp_path)
-        assert (tmp_path / patch.file).read_text() == f"before\n{patch.new}\nafter\n"
+@pytest.mark.parametrize("patch", horovod_source.PATCHES, ids=lambda patch: patch.file)
+def test_a_patch_fits_once_or_fails_loudly(tmp_path, patch):
+    file = tmp_path / patch.file
+    file.parent.mkdir(parents=True)
+    file.write_text(f"before\n{patch.old}\nafter\n")
+    patch.apply(tmp_path)
+    assert file.read_text() == f"before\n{patch.new}\nafter\n"
     for copies in (0, 2):
-        write(copies)
-        for patch in horovod_source.PATCHES:
-            with pytest.raises(
-                BackendError, match=rf"{patch.file} of Horovod's source: .* occurs {copies} times there"
-            ):
-                patch.apply(tmp_path)
+        file.write_text(f"before\n{patch.old * copies}\nafter\n")
+        with pytest.raises(BackendError, match=rf"{patch.file} of Horovod's source: .* occurs {copies} times there"):
+            patch.apply(tmp_path)
     with pytest.raises(BackendError, match="occurs 0 times there"):
-        horovod_source.PATCHES[0].apply(tmp_path / "nowhere")
+        patch.apply(tmp_path / "nowhere")
 
 
 def test_the_stand_in_headers_are_in_the_package(tmp_path):

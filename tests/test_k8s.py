@@ -177,7 +177,7 @@ BROKEN = [
     ("mpijob-elastic.yaml", r'-np, "4", --min-np', '-np, "5", --min-np', "ranks", r'-np, "5"'),
     # how ranks are started
     ("mpijob.yaml", r", --hostfile, /etc/mpi/hostfile", "", "hostfile", r"disttrain, run"),
-    ("mpijob-elastic.yaml", r" --host-discovery-script, /etc/mpi/discover_hosts.sh,", "", "hostfile", r"disttrain, run"),
+    ("mpijob-elastic.yaml", r" --host-discovery-script,\s+/etc/mpi/discover_hosts.sh,", "", "hostfile", r"disttrain, run"),
     ("mpijob.yaml", r" +sshAuthMountPath: .*\n", "", "ssh-mount", r"\nspec:"),
     ("mpijob.yaml", r"/home/mpiuser/.ssh", "/root/.ssh", "ssh-mount", r"sshAuthMountPath"),
     ("mpijob.yaml", r"(?s)runAsNonRoot: true\n( +)runAsUser: 1000(.*)runAsNonRoot: true\n +runAsUser: 1000",
