@@ -13,7 +13,6 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 
 from disttrain.comm.connections import Connections
@@ -215,17 +214,16 @@ def test_a_worker_that_hangs_one_whose_slot_goes_and_a_signal_that_ends_all(tmp_
     job.check_steps(steps)
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_when_all_are_gone_the_next_attempt_goes_on_from_the_checkpoint(tmp_path, restarts):
-    words = ["--max-np", "2", "--restarts", restarts]
+def test_when_all_are_gone_the_next_attempt_goes_on_from_the_checkpoint(tmp_path):
+    words = ["--max-np", "2", "--restarts", 1]
     with Elastic(tmp_path, 60, ["localhost:2"], *words, STEP_SECONDS="0.2", CHECKPOINTS="1") as job:
         job.wait_for(2)
         for pid in job.alive():
             os.kill(pid, signal.SIGKILL)
-        code = job.ended()
-    assert code == (0 if restarts else 137), job.output
-    if restarts:
-        job.check_steps(60)
+        assert job.ended() == 0, job.output
+    assert "was killed by signal 9 (SIGKILL)" in job.output
+    assert "disttrain: starting again, 1 of 1" in job.output
+    job.check_steps(60)
 
 
 def test_a_mistake_in_the_program_ends_the_job_and_is_named(tmp_path):
