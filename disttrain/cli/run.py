@@ -254,16 +254,17 @@ class _Screen:
         text = re.split(r"\r(?=.)", text)[-1].rstrip("\r")
         prefix = f"[{rank:>{self._width}}] " if self._prefixed else ""
         # What goes to a file or a pipe goes there, bar or no bar.
-        if self._console.is_terminal and (stream == "stderr" or sys.stdout.isatty()):
-            color = _COLORS[rank % len(_COLORS)]
-            self._console.print(f"[{color}]{escape(prefix)}[/]{escape(text)}")
-        else:
-            # Nobody may read any more, or in another alphabet: no reason to end the job.
-            with contextlib.suppress(OSError):
+        # Nobody may read any more, or in another alphabet: no reason to end the job.
+        with contextlib.suppress(OSError, UnicodeError):
+            if self._console.is_terminal and (stream == "stderr" or sys.stdout.isatty()):
+                color = _COLORS[rank % len(_COLORS)]
+                self._console.print(f"[{color}]{escape(prefix)}[/]{escape(text)}")
+            else:
                 click.echo((prefix + text).encode(errors="replace"), err=stream == "stderr")
 
     def note(self, text: str) -> None:
-        self._console.print(f"[bold]disttrain:[/] {escape(text)}")
+        with contextlib.suppress(OSError, UnicodeError):
+            self._console.print(f"[bold]disttrain:[/] {escape(text)}")
 
     def progress(self, rank: int, text: str) -> None:
         if rank:
