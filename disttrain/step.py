@@ -351,18 +351,20 @@ class TrainStep:
         return Sums(reduced[count:], scalars, statistics), flags, waited
 
     def _time_of(self, tensors: list, number: tf.Tensor) -> tf.Tensor:
-        """When the tensors are there, in seconds; 0 where no other worker is waited for. `number`, 0 or more, depends on them.
+        """When the tensors are there, in seconds; 0 where no other worker is waited for. `number` depends on them.
 
         An op on a GPU counts as done as soon as the GPU is told to do it. A number made from its result that an op on the
-        CPU has read is really known: the time is taken behind that, and the number is part of it, so that nothing is left out.
+        CPU has read is really known: the time is taken behind that.
         """
         if not self._several_workers:
             return tf.constant(0.0, tf.float64)
-        with tf.device("CPU"):
-            with tf.control_dependencies(tf.nest.flatten(tensors, expand_composites=True)):
-                known = tf.reduce_all(number >= 0)
-            with tf.control_dependencies([known]):
-                return tf.where(known, tf.timestamp(), 0.0)
+        with tf.device("CPU"), tf.control_dependencies(tf.nest.flatten(tensors, expand_composites=True)):
+            known = tf.identity(number)
+        # Not tf.timestamp, which is stateful: TensorFlow runs such ops in the order in which they were written, so that no
+        # collective written after it would begin before all gradients are there.
+        clock = tf.numpy_function(lambda known: time.perf_counter(), [known], tf.float64, stateful=False)
+        clock.set_shape([])
+        return clock
 
     def _flags(self, local: Sums, gradients: list, word: tf.Tensor) -> dict[str, tf.Tensor]:
         """What this replica knows and the others do not, as numbers that can be added up.
