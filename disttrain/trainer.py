@@ -189,7 +189,7 @@ class Trainer:
         self.step.settings, self.step.micro_batches = state["step"], state["micro_batches"]
         run.restore(state["run"])
         if self.comm.is_chief:
-            log.info("%d ranks go on after step %d", self.comm.size, run.steps)
+            log.info("going on after step %d; ranks: %d", run.steps, self.comm.size)
 
     def _start_step(self, dataset: Iterable, root: int = 0) -> None:
         """Its variables exist once it has started, for which it wants to see what a batch is like."""

@@ -180,7 +180,7 @@ def test_two_workers_then_one_then_three_end_where_one_device_does(tmp_path):
         first_of_three = min(note["step"] for note in job.notes() if note["ranks"] == 3)
         assert first_of_three <= STEPS_OF_EPOCH, "not within one epoch: the steps are too fast for this machine"
         assert job.ended() == 0, job.output
-    assert "was killed by signal 9 (SIGKILL); 1 go on" in job.output
+    assert "was killed by signal 9 (SIGKILL); 1 goes on" in job.output
     assert "3 ranks" in job.output
     job.check_steps(steps)
     # As many micro-batches of the whole batch as before, where they can be divided: two ranks had two each.

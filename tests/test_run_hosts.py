@@ -227,7 +227,7 @@ def test_an_elastic_job_loses_a_host_and_takes_another(hosts, tmp_path):
     assert code == 0, output
     assert left == {}
     assert re.search(
-        r"rank \d on h2 has not answered for 10 s: its host is down, or the network is cut; 1 go on", output
+        r"rank \d on h2 has not answered for 10 s: its host is down, or the network is cut; 1 goes on", output
     )
     assert {note["step"] for note in notes(tmp_path)} == set(range(1, steps + 1))
     ends = [np.load(path) for path in tmp_path.glob("end-*.npz")]

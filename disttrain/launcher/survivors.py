@@ -80,7 +80,7 @@ class Survivors(Supervisor):
         self._losses.append(_Loss(code, f"{rank} {how}", rank))
         left = sum(not each.over for each in self._ranks.values())
         if left and not self._failure:
-            self._show.note(f"{rank} {how}; {left} go on")
+            self._show.note(f"{rank} {how}; {left} {'goes' if left == 1 else 'go'} on")
 
     def _is_over(self, processes: list) -> bool:
         # With the last rank the state of the training is gone: no use in waiting for hosts.
