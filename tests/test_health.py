@@ -72,6 +72,8 @@ def test_input_bound():
     ]
     assert input_share(ranks) == pytest.approx(0.35)
     assert said(rank(0, step=91, waited=0, given=9)) == []
+    assert said(rank(0, step=10, waited=0, given=4.9, steps=1000)) == []
+    assert said(rank(0, step=10, waited=0, given=5.1, steps=1000)) != []
 
 
 def test_what_is_found_again_is_about_the_same():

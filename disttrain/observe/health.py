@@ -21,6 +21,9 @@ log = logging.getLogger("disttrain")
 
 # Of a step's time: what is less is not worth a person's attention.
 _WORTH_SAYING = 0.1
+# To start an epoch and to cut a batch takes some milliseconds for each, which only a tiny model's steps do not dwarf, and which
+# no other way of reading makes shorter.
+_HANDING_OVER_SECONDS = 0.005
 # One hiccup in a shorter time looks like a slow rank.
 _ENOUGH_SECONDS = 2.0
 # An exchange takes some milliseconds, so that it costs less than a thousandth.
@@ -132,7 +135,7 @@ def _slow_rank(ranks: Sequence[Times]) -> list[Finding]:
 
 def _input_bound(ranks: Sequence[Times]) -> list[Finding]:
     share = input_share(ranks)
-    if share <= _WORTH_SAYING:
+    if share <= _WORTH_SAYING or _usual(ranks, "input") < _HANDING_OVER_SECONDS:
         return []
     said = (
         f"input-bound: training waits {100 * share:.0f} % of the time for data, {_ms(_usual(ranks, 'input'))} for each batch; "
