@@ -42,17 +42,24 @@ class Noting(dt.TrainStep):
 
     def __call__(self, batch, *, stop=False):
         time.sleep(SECONDS)
-        out = super().__call__(batch, stop=stop)
-        if out.step == FAIL_AT:
-            raise ValueError(f"a mistake of step {out.step}")
-        examples = int(out.examples)
-        sums = {name: round(float(mean) * examples) for name, mean in out.metrics.items()}
-        note = {"step": out.step, "ranks": comm.size, "loss": float(out.loss), "examples": examples, **sums}
-        note["time"] = time.time()
-        note["parts"] = -(-self.micro_batches // comm.size)
-        with (FOLDER / f"seen-{os.getpid()}.jsonl").open("a") as file:
-            file.write(json.dumps(note) + "\n")
-        return out
+        before = self.last
+        try:
+            return super().__call__(batch, stop=stop)
+        finally:
+            # Where a rank is lost right after a step, in the comparison of weights, it has happened all the same.
+            if self.last is not before:
+                note(self.last, self.micro_batches)
+
+
+def note(out, micro_batches):
+    if out.step == FAIL_AT:
+        raise ValueError(f"a mistake of step {out.step}")
+    examples = int(out.examples)
+    sums = {name: round(float(mean) * examples) for name, mean in out.metrics.items()}
+    said = {"step": out.step, "ranks": comm.size, "loss": float(out.loss), "examples": examples, **sums}
+    said |= {"time": time.time(), "parts": -(-micro_batches // comm.size)}
+    with (FOLDER / f"seen-{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps(said) + "\n")
 
 
 step = Noting(model, optimizer, loss_fn=loss_fn, comm=comm, accumulate=2, jit=False, check_every=7)
