@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.group()
 def bench() -> None:
     """Measure speed and memory against what one would write by hand."""
+
+
+def _out(what: str) -> Callable:
+    """The option that says where the results go."""
+    folder = click.Path(path_type=Path)
+    return click.option("--out", type=folder, default=Path("runs/bench"), show_default=True, help=what)
+
+
+def _keep(path: Path, results: Any, console: Console) -> None:
+    """Writes what was measured, and says where."""
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"results: {path}")
 
 
 @bench.command()
@@ -21,13 +38,7 @@ def bench() -> None:
 @click.option("--engine", type=click.Choice(["horovod", "mpi"]), help="In several processes, against Horovod by hand.")
 @click.option("--ranks", type=click.IntRange(min=2), default=2, show_default=True, help="Processes, with --engine.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Also measure the memory of accumulation.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs/bench"),
-    show_default=True,
-    help="Folder for step.json.",
-)
+@_out("Folder for step.json.")
 def step(models: tuple[str, ...], rounds: int, engine: str | None, ranks: int, memory: bool, out: Path) -> None:
     """TrainStep against a hand-written tf.function loop; accumulation against one big batch."""
     from disttrain.cli.quiet import import_tensorflow
@@ -65,21 +76,13 @@ def step(models: tuple[str, ...], rounds: int, engine: str | None, ranks: int, m
         for row in results["memory"]:
             table.add_row(str(row["accumulate"]), f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}")
         console.print(table)
-    path = folder / "step.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"results: {path}")
+    _keep(folder / "step.json", results, console)
 
 
 @bench.command()
 @click.option("--millions", type=click.IntRange(min=1), default=100, show_default=True, help="Parameters of the model.")
 @click.option("--saves", type=click.IntRange(min=2), default=7, show_default=True, help="Checkpoints that are timed.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs/bench"),
-    show_default=True,
-    help="Folder for checkpoint.json, and for the checkpoints meanwhile.",
-)
+@_out("Folder for checkpoint.json, and for the checkpoints meanwhile.")
 def checkpoint(millions: int, saves: int, out: Path) -> None:
     """How long a training is held up while a checkpoint is written."""
     from disttrain.cli.quiet import import_tensorflow
@@ -106,9 +109,7 @@ def checkpoint(millions: int, saves: int, out: Path) -> None:
         f"{row['steps']} steps during {saves} writes\n"
         f"a write: {row['write_s']:.1f} s for {row['bytes'] / 1e6:.0f} MB, {row['mb_per_s']:.0f} MB/s"
     )
-    path = folder / "checkpoint.json"
-    path.write_text(json.dumps(row, indent=2) + "\n")
-    console.print(f"results: {path}")
+    _keep(folder / "checkpoint.json", row, console)
 
 
 @bench.command()
@@ -122,13 +123,7 @@ def checkpoint(millions: int, saves: int, out: Path) -> None:
 )
 @click.option("--ranks", type=click.IntRange(min=2), default=2, show_default=True, help="Processes.")
 @click.option("--rounds", type=click.IntRange(min=5), default=20, show_default=True, help="Timed calls of each engine.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs/bench"),
-    show_default=True,
-    help="Folder for allreduce.json.",
-)
+@_out("Folder for allreduce.json.")
 def allreduce(engines: tuple[str, ...], ranks: int, rounds: int, out: Path) -> None:
     """160 gradients, 100 MB: each engine against MPI_Allreduce alone."""
     from rich.console import Console
@@ -145,9 +140,7 @@ def allreduce(engines: tuple[str, ...], ranks: int, rounds: int, out: Path) -> N
     for row in rows:
         table.add_row(row["engine"], f"{row['ms']:.0f}", f"{row['raw_ms']:.0f}", f"{row['ratio']:.2f}")
     console.print(table)
-    path = folder / "allreduce.json"
-    path.write_text(json.dumps(rows, indent=2) + "\n")
-    console.print(f"results: {path}")
+    _keep(folder / "allreduce.json", rows, console)
 
 
 @bench.command("input")
@@ -162,13 +155,7 @@ def allreduce(engines: tuple[str, ...], ranks: int, rounds: int, out: Path) -> N
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Epochs of 32 steps, each way."
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("runs/bench"),
-    show_default=True,
-    help="Folder for input.json.",
-)
+@_out("Folder for input.json.")
 def read_input(kinds: tuple[str, ...], rounds: int, out: Path) -> None:
     """Steps fed from arrays, TFRecords and image files against steps on one batch in memory."""
     from disttrain.cli.quiet import import_tensorflow
@@ -196,6 +183,4 @@ def read_input(kinds: tuple[str, ...], rounds: int, out: Path) -> None:
             times = (f"{row[name]:.1f}" for name in ("held_ms", "fed_ms"))
             table.add_row(row["source"], *times, f"{row['ratio']:.3f}", f"{row['alone_ms']:.1f}")
     console.print(table)
-    path = folder / "input.json"
-    path.write_text(json.dumps(rows, indent=2) + "\n")
-    console.print(f"results: {path}")
+    _keep(folder / "input.json", rows, console)
