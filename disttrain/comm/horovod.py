@@ -65,12 +65,12 @@ class HorovodCommunicator(OneReplica):
         self._take_place()
 
     def _join_job(self) -> None:
+        if not self.elastic:
+            self._hvd.init()
+            return
         self._connections = Connections()
         with self._connections.opened():
-            if self.elastic:
-                membership.join(self._hvd)
-            else:
-                self._hvd.init()
+            membership.join(self._hvd)
 
     def _take_place(self) -> None:
         self.rank, self.size, self.local_rank = self._hvd.rank(), self._hvd.size(), self._hvd.local_rank()
