@@ -336,3 +336,8 @@ def test_a_rank_may_end_when_nobody_needs_it(engine, first):
     result = launch(engine, 2, "fault_early", first, timeout=300).check()
     assert [report["joined"] for report in result.reports] == [1, 0]
     assert "ends:" not in result.output
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_good_bye_may_take_long(late):
+    assert "ends:" not in launch("mpi", 2, "fault_leaving", late, timeout=120).check().output

@@ -113,4 +113,4 @@ class Communicator(Protocol):
         """
 
     def close(self) -> None:
-        """Leaves the group. The communicator cannot be used afterwards."""
+        """Leaves the group. The communicator cannot be used afterwards; closing it again does nothing."""

@@ -108,7 +108,8 @@ class MpiCommunicator(OneReplica):
         if self._watchdog:
             self._watchdog.close()
         self._thread.shutdown()
-        self._comm.Free()
+        if self._comm:  # null once it is freed
+            self._comm.Free()
 
     # What `buckets` asks for -----------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class MultiWorkerCommunicator(OneReplica):
         devices.claim(self.local_rank, hosts.count(hosts[cluster.rank]))
         self._strategy, self._wire = _strategy(cluster), wire
         self.rank, self.size, self.is_chief = cluster.rank, len(cluster.workers), cluster.rank == 0
-        self._exchanges, self._timeout, self._watchdog = 0, stall_timeout, None
+        self._exchanges, self._timeout, self._watchdog, self._left = 0, stall_timeout, None, False
         if self.size > 1 and stall_timeout:
             self._watchdog = Watchdog(self.rank, self.all_gather_object, stall_timeout)
 
@@ -129,6 +129,9 @@ class MultiWorkerCommunicator(OneReplica):
         return self._watchdog.busy(what) if self._watchdog else super().busy(what)
 
     def close(self):
+        if self._left:
+            return
+        self._left = True
         self.barrier()
         if self._watchdog:
             self._watchdog.close()

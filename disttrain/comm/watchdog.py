@@ -71,7 +71,7 @@ class Watchdog:
         self._cut_at = float("inf")
         self._count, self._depth, self._what, self._since = 0, 0, "the start", time.monotonic()
         self._busy: list[str] = []
-        self._lock, self._told = threading.Lock(), threading.Event()
+        self._lock, self._told, self._said_bye = threading.Lock(), threading.Event(), threading.Event()
         self._closing = self._raising = False
         self._tick = min(1.0, stall_timeout / 4)
         self._processes = exchange(_Process(rank, socket.gethostname(), _machine(), os.getpid()))
@@ -111,6 +111,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._beat()
             self._send(kind="bye")
+        self._said_bye.set()
         if self._server:
             # All lines end with this process: the others must know first that it is no accident.
             self._server.told_good_bye.wait(_LEAVING_SECONDS)
@@ -166,6 +167,8 @@ class Watchdog:
                 self._judge(said, [0], stopped=True)
             if messages is None:
                 time.sleep(self._tick)
+        # The good-byes of others wake this thread in the very moment in which `close` says this rank's.
+        self._said_bye.wait()
         self._line.close()
 
     def _beat(self) -> None:

@@ -358,3 +358,5 @@ for check in (
 arrays(**seen)
 report(done=True, backend=comm.name, rank=comm.rank, size=comm.size)
 comm.close()
+if RANK == 0:
+    comm.close()  # again: waits for nobody
