@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from disttrain import elastic
 from disttrain.checkpoint import Checkpointer, Preemption, Saved
+from disttrain.comm import pipeline
 from disttrain.errors import BackendError, ConfigError, DataError, Preempted
 from disttrain.gradients.program import Program
 from disttrain.gradients.tape import count_examples
@@ -76,8 +77,8 @@ class Trainer:
         Raises:
           ConfigError: both epochs and steps are given, or one is not a whole number of 1 or more; or there is a checkpoint
             that must not be gone on from.
-          DataError: the data set is empty, it is a `Batches` that is not the same on all ranks, or the checkpoint is of another
-            training.
+          DataError: the data set is empty; it is not the same on all ranks, or a `tf.data.Dataset` whose order not all ranks
+            know; or the checkpoint is of another training.
           Preempted: a signal asked the training to end, and its checkpoint is saved. On all ranks, after the same step; it ends
             the process with exit code 75 unless it is caught. Or in an elastic job this worker has no place any more.
           BackendError: in an elastic job all workers that knew its state are gone, and there is no checkpoint.
@@ -136,7 +137,7 @@ class Trainer:
     ) -> None:
         dataset = _of_epoch(dataset, run.epochs, run.batches)
         batches = self.comm.distribute(dataset)
-        known = self.comm.all_gather_object((_length(batches), getattr(dataset, "same_on_all_ranks", None)))
+        known = self.comm.all_gather_object((_length(batches), _fingerprint(dataset)))
         lengths, fingerprints = zip(*known, strict=True)
         _check_same_data(fingerprints)
         if len(lengths) > 1 and (None in lengths or len(set(lengths)) > 1):
@@ -165,6 +166,11 @@ class Trainer:
 
     def _take_up(self, dataset: Iterable, run: _Run) -> None:
         """Goes on from where the furthest rank of an elastic job is, else from the checkpoint, else begins."""
+        if self.comm.elastic and pipeline.shuffles_again(dataset):
+            raise DataError(
+                "the data set has another order in every iteration, of which a worker that joins an elastic job has made none: "
+                "use dt.data.Batches, or shuffle(..., reshuffle_each_iteration=False)"
+            )
         mine, told = None, [None]
         if run.holds:
             mine = {"run": run.state(), "step": self.step.settings, "micro_batches": self.step.micro_batches}
@@ -219,6 +225,12 @@ class Trainer:
         self.step.settings = saved.state["step"]
         if self.comm.is_chief:
             log.info("going on from %s: step %d, epoch %d", saved.folder, run.steps, run.epochs)
+            if pipeline.shuffles_again(dataset):
+                log.warning(
+                    "the data set has another order in every iteration, and not again that of the epoch to go on in: some of its "
+                    "examples may be seen twice, others never. dt.data.Batches knows the order of an epoch, and shuffle(..., "
+                    "reshuffle_each_iteration=False) keeps one"
+                )
 
     def _save(self, run: _Run) -> None:
         if self.comm.is_chief:
@@ -272,6 +284,11 @@ def _of_epoch(dataset: Iterable, epoch: int, seen: int) -> Iterable:
     if not seen:
         return batches
     return batches.skip(seen) if hasattr(batches, "skip") else itertools.islice(batches, seen, None)
+
+
+def _fingerprint(dataset: Iterable) -> str | None:
+    """What must be the same on all ranks, in words."""
+    return getattr(dataset, "same_on_all_ranks", None) or pipeline.described(dataset)
 
 
 def _check_same_data(fingerprints: Sequence[str | None]) -> None:

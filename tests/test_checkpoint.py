@@ -106,6 +106,21 @@ def test_an_interrupted_training_goes_on_bit_for_bit(comms, whole, tmp_path, bac
         assert said_again[name] == said[name], name
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_going_on_in_a_pipeline_that_shuffles(local, tmp_path, caplog, again):
+    """It does so in the same order, or warns."""
+    shuffle = {"seed": 1, "reshuffle_each_iteration": again}
+    pipeline = lambda: tf.data.Dataset.from_tensor_slices(columns()).shuffle(EXAMPLES, **shuffle).batch(8)  # noqa: E731
+    whole = make(local)
+    train(whole, pipeline(), steps=10)
+    train(make(local, dt.Checkpointer(tmp_path)), pipeline(), steps=9)
+    resumed = make(local, dt.Checkpointer(tmp_path))
+    with caplog.at_level(logging.WARNING, "disttrain"):
+        train(resumed, pipeline(), steps=10)
+    assert ("some of its examples may be seen twice" in caplog.text) == again
+    assert (snapshot(*resumed.step.state) == snapshot(*whole.step.state)) == (not again)
+
+
 def test_a_training_that_is_over_stays_so(local, whole, tmp_path):
     state, said = whole("local")
     for _ in range(2):

@@ -475,9 +475,51 @@ def test_three_ranks_train_on_every_record_once(tmp_path):
     assert [report["seen"][2] == [] for report in result.reports] == [False, True, True]
     assert [report["examples"] for report in result.reports] == [34] * 3
     assert len({arrays["weights"].tobytes() for arrays in result.arrays}) == 1
-    (said,) = {report["said"] for report in result.reports}  # the same on all ranks
-    assert said.startswith("the ranks' data differ: rank 1 has 13 examples in 3 files (sizes ")
-    assert "and rank 0 has 17 examples in 4 files" in said
+    ((files, seeds),) = {tuple(report["said"]) for report in result.reports}  # the same on all ranks
+    assert files.startswith("the ranks' data differ: rank 1 has 13 examples in 3 files (sizes ")
+    assert "and rank 0 has 17 examples in 4 files" in files
+    assert seeds.startswith("the ranks' data differ: rank 1 has a tf.data pipeline shuffled by (3, 8), and rank 0 has ")
+
+
+# Pipelines of tf.data ---------------------------------------------------------------------------------------------------
+
+
+def pipelines(**seed):
+    """By what they do, each ending in batches of numbers up to 20."""
+    numbers = tf.data.Dataset.range(20)
+    shuffled = numbers.shuffle(20, **seed)
+    return {
+        "shuffle": shuffled.batch(8),
+        "deep": numbers.cache().shuffle(7, **seed).map(lambda x: x).batch(8).prefetch(2),
+        "part": tf.data.Dataset.zip((shuffled, numbers)).map(lambda x, y: x).batch(8),
+    }
+
+
+@pytest.mark.parametrize("name", ["shuffle", "deep", "part", "files"])
+def test_ranks_refuse_a_pipeline_whose_order_is_drawn_by_chance(tmp_path, name):
+    tf.random.set_seed(None)  # whatever other tests have set
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"{number}\n")
+    by_chance = {**pipelines(), "files": tf.data.Dataset.list_files(str(tmp_path / "*.txt")).batch(2)}[name]
+    for rank in range(2):
+        with pytest.raises(
+            DataError, match=r"shuffled without a seed: every rank .* Give `shuffle` a seed, and `list_files`"
+        ):
+            Rank(rank, 2).distribute(by_chance)
+    assert len(list(Rank(0, 1).distribute(by_chance))) == len(by_chance)
+
+
+@pytest.mark.parametrize("name", ["shuffle", "deep", "part"])
+@pytest.mark.parametrize("by", ["shuffle", "set_seed"])
+def test_ranks_share_a_pipeline_that_is_seeded(name, by):
+    """Each has one of its own, as processes have."""
+    seen = []
+    for rank in range(3):
+        tf.random.set_seed(5 if by == "set_seed" else None)
+        pipeline = pipelines(**({"seed": 3} if by == "shuffle" else {}))[name]
+        seen += [share.numpy() for share in Rank(rank, 3).distribute(pipeline)]
+    tf.random.set_seed(None)
+    assert sorted(np.concatenate(seen)) == list(range(20))
 
 
 # What is on every machine -----------------------------------------------------------------------------------------------

@@ -231,3 +231,6 @@ def test_a_mistake_in_the_program_ends_the_job_and_is_named(tmp_path):
         assert job.ended(120) == 1, job.output
     assert "a mistake of step 4" in job.output
     assert "ended with exit code 1" in job.output
+    refused = [path.read_text() for path in tmp_path.glob("refused-*")]
+    assert len(refused) >= 2
+    assert all("use dt.data.Batches, or shuffle(..., reshuffle_each_iteration=False)" in text for text in refused)

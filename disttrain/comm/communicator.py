@@ -76,6 +76,9 @@ class Communicator(Protocol):
         Batches are split along their first dimension as evenly as possible, in order; where there are fewer
         examples than replicas, the last replicas get none. A data set that has a method `share(rank, size)`, which returns
         these rows of each of its batches, is asked for them by engines with one replica a process.
+
+        Raises:
+          DataError: a `tf.data.Dataset` is shuffled without a seed, and there are several processes.
         """
 
     def all_reduce(self, tensors: Sequence[tf.Tensor | tf.IndexedSlices], op: Op = "sum") -> list:

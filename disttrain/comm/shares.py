@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from disttrain.comm.pipeline import check_seeds
 from disttrain.errors import DataError
 
 
@@ -31,9 +32,15 @@ class DistributedBatches:
 
 
 def distribute(dataset: Iterable, rank: int, size: int) -> DistributedBatches:
-    """Of every global batch the share of one rank. A data set that has `share(rank, size)` reads no more than that."""
+    """Of every global batch the share of one rank. A data set that has `share(rank, size)` reads no more than that.
+
+    Raises:
+      DataError: each of several ranks would have its batches in another order.
+    """
     if hasattr(dataset, "share"):
         return DistributedBatches(dataset.share(rank, size), lambda batch: split(batch, 1)[0])
+    if size > 1:
+        check_seeds(dataset)
     return DistributedBatches(dataset, lambda batch: split(batch, size)[rank])
 
 

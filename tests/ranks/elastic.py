@@ -66,7 +66,12 @@ step = Noting(model, optimizer, loss_fn=loss_fn, comm=comm, accumulate=2, jit=Fa
 data = dt.data.Batches((images, labels, np.arange(len(images))), 100, seed=4)
 (FOLDER / f"here-{os.getpid()}").write_text(os.environ["HOROVOD_HOSTNAME"])
 checkpoint = dt.Checkpointer(FOLDER / "checkpoints", every_steps=5) if "CHECKPOINTS" in os.environ else None
-summary = dt.Trainer(step, progress=False, checkpoint=checkpoint).fit(data, steps=STEPS)
+trainer = dt.Trainer(step, progress=False, checkpoint=checkpoint)
+try:
+    trainer.fit(tf.data.Dataset.range(10).shuffle(10, seed=1).batch(5))
+except dt.errors.DataError as error:
+    (FOLDER / f"refused-{os.getpid()}").write_text(str(error))
+summary = trainer.fit(data, steps=STEPS)
 np.savez(FOLDER / f"end-{os.getpid()}.npz", *[v.numpy() for v in step.state])
 (FOLDER / f"end-{os.getpid()}.json").write_text(json.dumps({"rank": comm.rank, **summary}))
 comm.close()
