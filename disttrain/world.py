@@ -1,4 +1,4 @@
-"""Which of how many ranks this process is, as whatever started it says in the environment."""
+"""Which of how many ranks this process is, as whatever started it says in the environment; and what a rank's part is."""
 
 from __future__ import annotations
 
@@ -76,6 +76,12 @@ def tell_launcher(message: Mapping[str, Any]) -> None:
     if PROGRESS_FD in os.environ:
         with contextlib.suppress(OSError):
             os.write(int(os.environ[PROGRESS_FD]), json.dumps(message).encode() + b"\n")
+
+
+def cuts(count: int, parts: int) -> list[int]:
+    """Where `parts` ranks cut `count` things: consecutive parts whose sizes differ by one at most, the larger ones first."""
+    small, larger = divmod(count, parts)
+    return [part * small + min(part, larger) for part in range(parts + 1)]
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from disttrain.comm.pipeline import check_seeds
 from disttrain.errors import DataError
+from disttrain.world import cuts
 
 
 class DistributedBatches:
@@ -75,9 +76,7 @@ def count_examples(batch: Any) -> int:
 def split(batch: Any, parts: int) -> list[Any]:
     """Cuts a batch into `parts` consecutive shares whose sizes differ by one at most, the larger ones first."""
     batch = as_tensors(batch)
-    examples = count_examples(batch)
+    bounds = cuts(count_examples(batch), parts)
     if parts == 1:
         return [batch]
-    small, larger = divmod(examples, parts)
-    bounds = [rank * small + min(rank, larger) for rank in range(parts + 1)]
     return [tf.nest.map_structure(lambda x, lo=lo, hi=hi: x[lo:hi], batch) for lo, hi in itertools.pairwise(bounds)]

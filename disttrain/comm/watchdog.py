@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -18,7 +17,6 @@ import secrets
 import selectors
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -29,6 +27,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from disttrain.errors import EXIT_FOLLOWED, BackendError
+from disttrain.interfaces import interfaces
 from disttrain.world import tell_launcher
 
 log = logging.getLogger("disttrain")
@@ -441,15 +440,9 @@ def _connect(addresses: list[str], port: int) -> socket.socket:
 
 
 def _addresses() -> list[str]:
-    """IPv4 addresses of this host's interfaces, other than loopback."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                SIOCGIFADDR = 0x8915
-                request = struct.pack("256s", name.encode()[:15])
-                found.append(socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24]))
-    return [a for a in found if not a.startswith("127.")] or ["127.0.0.1"]
+    """IPv4 addresses of this host, other than loopback."""
+    found = [interface.address for interface in interfaces()]
+    return [address for address in found if not address.startswith("127.")] or ["127.0.0.1"]
 
 
 def _flush() -> None:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from disttrain.data.ahead import in_order
 from disttrain.data.source import Arrays, Source
 from disttrain.errors import DataError
+from disttrain.world import cuts
 
 
 class Batches:
@@ -152,14 +153,7 @@ def shuffled(files: Sequence[int], batch_size: int, seed: int, epoch: int) -> np
     starts = np.cumsum([0, *files])
     sequence = np.concatenate([starts[file] + rng.permutation(files[file]) for file in rng.permutation(len(files))])
     step, row = np.divmod(np.arange(len(sequence)), batch_size)
-    return sequence[cuts(len(sequence), batch_size)[row] + step]
-
-
-def cuts(count: int, parts: int) -> np.ndarray:
-    """Where to cut `count` into consecutive parts whose sizes differ by one at most, larger ones first: int64 [parts + 1]."""
-    small, larger = divmod(count, parts)
-    part = np.arange(parts + 1)
-    return part * small + np.minimum(part, larger)
+    return sequence[np.array(cuts(len(sequence), batch_size))[row] + step]
 
 
 def _checked(examples: Any, count: int, source: str) -> Any:

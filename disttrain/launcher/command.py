@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from disttrain.errors import BackendError, ConfigError
+from disttrain.interfaces import towards
 from disttrain.launcher.discovery import Elastic
 from disttrain.launcher.hosts import Host, is_local, read_hostfile, ssh_agent
-from disttrain.launcher.interfaces import towards
 
 LAUNCHERS = ("auto", "local", "horovodrun", "mpirun", "srun")
 

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from disttrain.errors import EXIT_FOLLOWED, EXIT_RESUME
+from disttrain.interfaces import interfaces
 from disttrain.launcher.agent import ADDRESS, TOKEN
 from disttrain.launcher.command import Job, commands
 from disttrain.launcher.facts import differences, facts
-from disttrain.launcher.interfaces import interfaces
 from disttrain.launcher.line import BEAT_SECONDS, LOST_SECONDS, Line
 from disttrain.world import WORLD_SIZE
 
