@@ -16,6 +16,7 @@ import disttrain as dt
 
 STEPS = 20
 EXAMPLES = 29
+ACCUMULATE = [1, 2, 5]
 CLIPS = ["none", "value", "norm", "global_norm"]
 LIMITS = {"none": None, "value": 2.0, "norm": 4.0, "global_norm": 5.0}
 TRANSFORMS = {
@@ -40,7 +41,15 @@ SPLITS = {
 
 def cases():
     """(accumulate, clip, optimizer): the whole matrix."""
-    return list(itertools.product([1, 2, 5], CLIPS, OPTIMIZERS))
+    return list(itertools.product(ACCUMULATE, CLIPS, OPTIMIZERS))
+
+
+def cases_of_processes(ranks):
+    """The whole matrix for two ranks; for three a third of it, in which any two values still come together."""
+    if ranks == 2:
+        return cases()
+    places = itertools.product(range(len(ACCUMULATE)), range(len(CLIPS)))
+    return [(ACCUMULATE[i], CLIPS[j], list(OPTIMIZERS)[(i + j) % 3]) for i, j in places]
 
 
 def build():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import relative_error, share
 from once import once
-from problem import SPLITS, Training, batches, cases, clipping, expected
+from problem import SPLITS, Training, batches, cases_of_processes, clipping, expected
 
 from launch import BACKEND, launch
 
@@ -35,7 +35,7 @@ def test_update_is_that_of_one_device(trained, engine, ranks):
         (rank, ranks, BACKEND[engine]) for rank in range(ranks)
     ]
     wrong = []
-    for case, split in itertools.product(cases(), SPLITS[ranks]):
+    for case, split in itertools.product(cases_of_processes(ranks), SPLITS[ranks]):
         _, clip, optimizer = case
         before_ref, first_ref, last_ref = expected(clip, optimizer, sum(SPLITS[ranks][split]))
         before, first, last = (weights_of(result.arrays[0], case, split, m) for m in ("before", "first", "last"))

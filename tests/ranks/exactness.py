@@ -1,9 +1,9 @@
-"""Trains the whole exactness matrix as one rank of several, and leaves the weights for the test to judge."""
+"""Trains the exactness matrix as one rank of several, and leaves the weights for the test to judge."""
 
 import numpy as np
 import tensorflow as tf
 from _report import BACKEND, arrays, report  # first: it writes down the process's id
-from problem import SPLITS, Training, batches, cases, clipping
+from problem import SPLITS, Training, batches, cases_of_processes, clipping
 
 import disttrain as dt
 from disttrain.gradients import sparse
@@ -20,7 +20,7 @@ def my_share(sizes, index):
 
 
 seen = {}
-for accumulate, clip, optimizer in cases():
+for accumulate, clip, optimizer in cases_of_processes(comm.size):
     # XLA for some, the tape and the update; the others are plain graphs, which are made much faster.
     jit = (accumulate, clip) in ((1, "norm"), (2, "none"))
     training = Training(comm, optimizer, accumulate=accumulate, after_reduce=clipping(clip), jit=jit)
