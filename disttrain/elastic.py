@@ -8,14 +8,21 @@ made, and no step is done again that any survivor has done.
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from disttrain.comm.communicator import Communicator
+from disttrain.errors import Preempted
+from disttrain.world import tell_launcher
 
 log = logging.getLogger("disttrain")
+
+# A signal that is meant for all ranks does not come to all of them in the same step.
+_SIGNAL_SECONDS = 1.0
 
 
 class HostsChanged(Exception):  # noqa: N818, an interruption and no error
@@ -47,3 +54,29 @@ def survive(comm: Communicator, train: Callable[[], Any], lost: Callable[[], Non
             log.info("a rank is gone: the others meet anew")
         lost()
         changed = True
+
+
+def let_go(comm: Communicator, asked: Callable[[], bool]) -> None:
+    """Some ranks were asked to end: returns where that is to be the end of all, as it is where the job is not elastic.
+
+    All ranks call it after the same step. Hosts go as a whole, as Horovod's driver sees it.
+
+    Args:
+      comm: of the job.
+      asked: whether this rank was.
+
+    Raises:
+      Preempted: this rank is to leave, and others go on.
+      HostsChanged: others leave, and this rank is to go on.
+    """
+    if not comm.elastic:
+        return
+    time.sleep(_SIGNAL_SECONDS)
+    told = comm.all_gather_object((asked(), os.environ["HOROVOD_HOSTNAME"]))
+    leaving = {host for was_asked, host in told if was_asked}
+    if all(host in leaving for _, host in told):
+        return
+    if told[comm.rank][1] in leaving:
+        tell_launcher({"leaves": True})
+        raise Preempted("this worker was asked to end, and the others go on")
+    raise HostsChanged

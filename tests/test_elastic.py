@@ -214,6 +214,20 @@ def test_a_worker_that_hangs_one_whose_slot_goes_and_a_signal_that_ends_all(tmp_
     job.check_steps(steps)
 
 
+def test_a_worker_that_is_asked_to_end_leaves_and_the_others_go_on(tmp_path):
+    """As a node that is to be taken away asks its own; the process that others have their lines to is among them."""
+    words = ["-np", "3", "--max-np", "3", "--restarts", "0"]
+    with Elastic(tmp_path, 5000, ["localhost:2", "127.0.0.1:1"], *words, CHECKPOINTS="1") as job:
+        job.wait_for(3)
+        first = max(job.alive(), key=lambda pid: (tmp_path / f"here-{pid}").read_text() == "localhost")
+        os.kill(first, signal.SIGTERM)
+        job.wait_for(1)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.ended() == 75, job.output
+    assert "was killed" not in job.output
+    job.check_steps(max(note["step"] for note in job.notes()))
+
+
 def test_when_all_are_gone_the_next_attempt_goes_on_from_the_checkpoint(tmp_path):
     words = ["--max-np", "2", "--restarts", 1]
     with Elastic(tmp_path, 60, ["localhost:2"], *words, STEP_SECONDS="0.2", CHECKPOINTS="1") as job:

@@ -60,9 +60,8 @@ class Survivors(Supervisor):
 
     def _met(self, rank: Rank, number: int) -> None:
         rank.rank = number
-        if self._losses:
-            self._losses.clear()
-            self._ranks = {key: each for key, each in self._ranks.items() if not each.over}
+        self._losses.clear()
+        self._ranks = {key: each for key, each in self._ranks.items() if not each.over or each.code == 0}
 
     def _take_exit(self, rank: Rank, code: int) -> None:
         # One that has no place any more may be interrupted on its way out.
