@@ -8,7 +8,6 @@ made, and no step is done again that any survivor has done.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,13 +56,11 @@ def survive(comm: Communicator, train: Callable[[], Any], lost: Callable[[], Non
 
 
 def let_go(comm: Communicator, asked: Callable[[], bool]) -> None:
-    """Some ranks were asked to end: returns where that is to be the end of all, as it is where the job is not elastic.
-
-    All ranks call it after the same step. Hosts go as a whole, as Horovod's driver sees it.
+    """Some ranks were asked to end, and all call this after the same step: returns where it is to be the end of all.
 
     Args:
-      comm: of the job.
-      asked: whether this rank was.
+      comm: where it is not elastic, it always is.
+      asked: whether this rank was asked by now.
 
     Raises:
       Preempted: this rank is to leave, and others go on.
@@ -72,11 +69,10 @@ def let_go(comm: Communicator, asked: Callable[[], bool]) -> None:
     if not comm.elastic:
         return
     time.sleep(_SIGNAL_SECONDS)
-    told = comm.all_gather_object((asked(), os.environ["HOROVOD_HOSTNAME"]))
-    leaving = {host for was_asked, host in told if was_asked}
-    if all(host in leaving for _, host in told):
+    told = comm.all_gather_object(asked())
+    if all(told):
         return
-    if told[comm.rank][1] in leaving:
+    if told[comm.rank]:
         tell_launcher({"leaves": True})
         raise Preempted("this worker was asked to end, and the others go on")
     raise HostsChanged

@@ -214,14 +214,26 @@ def test_a_worker_that_hangs_one_whose_slot_goes_and_a_signal_that_ends_all(tmp_
     job.check_steps(steps)
 
 
+def test_the_last_worker_of_a_host_goes_on_while_another_is_started_beside_it(tmp_path):
+    with Elastic(tmp_path, 5000, ["localhost:2"], "--max-np", "2", "--restarts", "0", CHECKPOINTS="1") as job:
+        job.wait_for(2)
+        killed = min(job.alive())  # the first to come, which is rank 0
+        os.kill(killed, signal.SIGKILL)
+        job.wait_for(2)
+        assert killed not in job.alive()
+        job.process.send_signal(signal.SIGTERM)
+        assert job.ended() == 75, job.output
+    assert "was killed by signal 9 (SIGKILL); 1 goes on" in job.output
+    job.check_steps(max(note["step"] for note in job.notes()))
+
+
 def test_a_worker_that_is_asked_to_end_leaves_and_the_others_go_on(tmp_path):
-    """As a node that is to be taken away asks its own; the process that others have their lines to is among them."""
+    """As a node that is to be taken away asks its own."""
     words = ["-np", "3", "--max-np", "3", "--restarts", "0"]
     with Elastic(tmp_path, 5000, ["localhost:2", "127.0.0.1:1"], *words, CHECKPOINTS="1") as job:
         job.wait_for(3)
-        first = max(job.alive(), key=lambda pid: (tmp_path / f"here-{pid}").read_text() == "localhost")
-        os.kill(first, signal.SIGTERM)
-        job.wait_for(1)
+        os.kill(job.worker_on("127.0.0.1"), signal.SIGTERM)
+        job.wait_for(2)
         job.process.send_signal(signal.SIGTERM)
         assert job.ended() == 75, job.output
     assert "was killed" not in job.output

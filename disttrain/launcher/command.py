@@ -225,7 +225,8 @@ def _nccl(job: Job) -> dict[str, str]:
 
 def _horovodrun(job: Job, agent: list[str], environment: dict[str, str]) -> list[Command]:
     hosts = job.hosts or [Host("localhost", job.ranks)]
-    words = [which("horovodrun"), "--gloo", "-np", str(job.ranks)]
+    program = [sys.executable, "-m", "disttrain.launcher.driver"] if job.elastic else [which("horovodrun")]
+    words = [*program, "--gloo", "-np", str(job.ranks)]
     settings = _nccl(job)
     if job.elastic:
         words += _membership(job.elastic)
