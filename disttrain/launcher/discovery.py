@@ -1,8 +1,8 @@
 """Hosts that come and go, as a script says that prints one on each line: "name" or "name:slots".
 
-An elastic job is a chain of attempts. When a rank is lost, or when there is room for more ranks, the ranks are started anew on
-the hosts that there are then, and go on from their checkpoint, which may be that of another number of ranks. (PyTorch's elastic
-launcher works in the same way; Horovod's keeps the processes that survive.)
+Horovod's elastic driver (`driver`) keeps the ranks that survive. With another launcher an elastic job is a chain of attempts, as
+with PyTorch's: when a rank is lost, or when there is room for more, the ranks are started anew on the hosts that there are then,
+and go on from their checkpoint, which may be that of another number of ranks.
 """
 
 from __future__ import annotations
