@@ -94,7 +94,7 @@ def _start(folder: Path, steps: int, attempt: int) -> subprocess.Popen:
 def _strike(job: subprocess.Popen, folder: Path, kind: str, draw: random.Random) -> bool:
     """Waits until it trains, and for a moment more; False if it was over by then."""
     begun = _lines(folder)
-    while _lines(folder) == begun:
+    while _lines(folder) < begun + 3:  # one of the two ranks is at its second step
         if job.poll() is not None:
             return False
         time.sleep(0.01)
@@ -164,7 +164,10 @@ def _begin_again(struck: Path, whole: Path, steps: int) -> int:
 
 
 def _count_examples(folder: Path, steps: int) -> tuple[int, int]:
-    """Examples that no step of their epoch has seen, and those that more than one has. The last attempt at a step counts."""
+    """Examples that no step of their epoch has seen, and those that more than one has. The last attempt at a step counts.
+
+    A step that was noted and not done was noted again by the next attempt.
+    """
     per_epoch = -(-EXAMPLES // BATCH)
     seen = collections.defaultdict(list)
     for path in folder.glob("seen-*.jsonl"):

@@ -31,14 +31,16 @@ def losses(model, batch, training=True):
 
 
 class Noting(dt.TrainStep):
-    """Writes down the examples of every step that was done."""
+    """Writes down the examples of every step, before it is done: the others may do it and save while this rank is killed."""
 
     def __call__(self, batch, *, stop=False):
         time.sleep(SECONDS)
-        out = super().__call__(batch, stop=stop)
-        note = {"attempt": int(os.environ["SOAK_ATTEMPT"]), "step": out.step, "examples": batch[2].numpy().tolist()}
+        number = int(self.optimizer.iterations.numpy()) + 1
+        note = {"attempt": int(os.environ["SOAK_ATTEMPT"]), "step": number, "examples": batch[2].numpy().tolist()}
         with (FOLDER / f"seen-{comm.rank}.jsonl").open("a") as file:
             file.write(json.dumps(note) + "\n")
+        out = super().__call__(batch, stop=stop)
+        assert out.step == number
         return out
 
 
