@@ -92,6 +92,12 @@ class Elastic:
             assert time.monotonic() < until, f"{len(self.alive())} alive; {self.output}"
             time.sleep(0.1)
 
+    def wait_for_end_of(self, pid, seconds=60):
+        until = time.monotonic() + seconds
+        while pid in self.alive():
+            assert time.monotonic() < until, self.output
+            time.sleep(0.1)
+
     def notes(self):
         for path in self.folder.glob("seen-*.jsonl"):
             for line in path.read_text().splitlines():
@@ -232,7 +238,10 @@ def test_a_worker_that_is_asked_to_end_leaves_and_the_others_go_on(tmp_path):
     words = ["-np", "3", "--max-np", "3", "--restarts", "0"]
     with Elastic(tmp_path, 5000, ["localhost:2", "127.0.0.1:1"], *words, CHECKPOINTS="1") as job:
         job.wait_for(3)
-        os.kill(job.worker_on("127.0.0.1"), signal.SIGTERM)
+        asked = job.worker_on("127.0.0.1")
+        os.kill(asked, signal.SIGTERM)
+        job.wait_for_end_of(asked)
+        job.set_hosts(["localhost:2"])  # or another would come in its place by and by
         job.wait_for(2)
         job.process.send_signal(signal.SIGTERM)
         assert job.ended() == 75, job.output

@@ -8,13 +8,13 @@ from _report import BACKEND, RANK, report  # first: it writes down the process's
 import disttrain as dt
 from disttrain.comm.watchdog import Watchdog
 
-comm = dt.init(BACKEND, stall_timeout=2)
+comm = dt.init(BACKEND, stall_timeout=6)
 send = Watchdog._send
 
 
 def late(watchdog, **message):
     if message["kind"] == "bye":
-        time.sleep(1.5)  # three times as long as the line rests between two looks
+        time.sleep(1.5)  # longer than the line rests between two looks
     send(watchdog, **message)
 
 
@@ -22,6 +22,6 @@ comm.barrier()
 if int(sys.argv[1]) == RANK:
     Watchdog._send = late
     comm.close()
-time.sleep(3)  # longer than it takes to judge
+time.sleep(3)  # longer than it takes to judge who has gone
 report(done=True)
 comm.close()
