@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import disttrain
+from disttrain.observe.summary import make_folder
 
 
 def run(*arguments, folder, code=0, **variables):
@@ -172,3 +174,11 @@ def test_bench_input(tmp_path):
     assert "reading alone" in said
     (row,) = json.loads((tmp_path / "input.json").read_text())
     assert (row["source"], 0.2 < row["ratio"] < 5, 0 < row["alone_ms"] < row["fed_ms"]) == ("tfrecords", True, True)
+
+
+def test_ranks_may_make_a_folder_at_the_same_time(tmp_path):
+    with ThreadPoolExecutor(8) as ranks:
+        for number in range(20):
+            folder = tmp_path / f"{number}" / "out"
+            assert list(ranks.map(make_folder, [folder] * 100)) == [folder] * 100
+            assert list(folder.iterdir()) == []
