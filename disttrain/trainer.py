@@ -80,8 +80,8 @@ class Trainer:
           DataError: the data set is empty; it is not the same on all ranks, or a `tf.data.Dataset` whose order not all ranks
             know; or the checkpoint is of another training.
           Preempted: a signal asked the training to end, and its checkpoint is saved. On all ranks, after the same step; it ends
-            the process with exit code 75 unless it is caught. In an elastic job on the ranks of the hosts alone on which a
-            rank was asked, if there are others; or this worker has no place any more.
+            the process with exit code 75 unless it is caught. In an elastic job on the ranks alone that were asked, if there
+            are others; or this worker has no place any more.
           BackendError: in an elastic job all workers that knew its state are gone, and there is no checkpoint.
         """
         if epochs is not None and steps is not None:

@@ -26,7 +26,7 @@ _TRAVELS = (
     "PYTHON", "TF_", "UCX_", "VIRTUAL_ENV", "XLA_",
 )  # fmt: skip
 
-# After a failure on a host, Horovod's driver waits from twice the first on, up to the second, before it starts ranks there.
+# Where it takes a host away, Horovod's driver waits from twice the first on, up to the second, before it starts ranks there.
 _COOLDOWN_SECONDS = ("5", "300")
 
 
@@ -243,7 +243,7 @@ def _horovodrun(job: Job, agent: list[str], environment: dict[str, str]) -> list
 
 
 def _membership(elastic: Elastic) -> list[str]:
-    """A host on which a rank has failed is tried again later: in Kubernetes a new pod has the old one's name."""
+    """A host on which all ranks have failed is tried again later: in Kubernetes a new pod has the old one's name."""
     words = ["--min-np", str(elastic.least), "--max-np", str(elastic.most), "--slots-per-host", str(elastic.slots)]
     return [*words, "--host-discovery-script", elastic.script, "--blacklist-cooldown-range", *_COOLDOWN_SECONDS]
 
