@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from launch import Started
+
 _SSH_PORT = 2222
 
 
@@ -73,9 +75,9 @@ class Lab:
         """The ssh command by which the hosts reach each other, for $DISTTRAIN_SSH."""
         return f"ssh -F {self._folder}/ssh_config"
 
-    def start(self, name: str, *command: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    def start(self, name: str, *command: str, environment: dict[str, str] | None = None) -> Started:
         """Starts a command on a host, in a session of its own; stdout and stderr are one pipe."""
-        return subprocess.Popen(
+        return Started(
             self.on(name, *command),
             env=os.environ | {"DISTTRAIN_SSH": self.ssh} | (environment or {}),
             stdin=subprocess.DEVNULL,

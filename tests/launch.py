@@ -82,6 +82,14 @@ def start(engine: str, ranks: int, script: str, *args: Any, env: dict | None = N
     return Job(engine, ranks, [sys.executable, str(_TESTS / "ranks" / f"{script}.py"), *map(str, args)], env or {})
 
 
+class Started(subprocess.Popen):
+    """A process that does not outlive its `with` block: where a test fails in it, nothing waits for a job that nobody ends."""
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+        super().__exit__(*exc)
+
+
 class Job:
     """Processes on their way."""
 

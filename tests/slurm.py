@@ -80,6 +80,7 @@ class Slurm:
     def __exit__(self, *exc: object) -> None:
         self.hosts.__exit__()  # ends whatever runs on them
         for daemon in self._daemons:
+            daemon.kill()
             daemon.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -29,6 +29,7 @@ from disttrain.errors import DataError
 SCRIPT = str(Path(__file__).parent / "ranks" / "soak.py")
 KINDS = ("SIGKILL of a rank", "SIGKILL of all ranks", "SIGTERM", "SIGKILL in the middle of a save")
 EXAMPLES, BATCH = 1437, 200
+_LONGEST_SECONDS = 200
 
 
 def soak(
@@ -43,15 +44,13 @@ def soak(
     whole, struck = folder / "whole", folder / "struck"
     for path in (whole, struck):
         path.mkdir(parents=True)
-    assert _start(whole, steps, 0).wait() == 0
+    assert _run(whole, steps, 0) == (False, 0)
     done: collections.Counter[str] = collections.Counter()
     unreadable = attempt = done_before = 0
     while True:
         over = sum(done.values()) >= kills or time.monotonic() > until
-        job = _start(struck, steps, attempt)
         kind = KINDS[sum(done.values()) % len(KINDS)]
-        hit = not over and _strike(job, struck, kind, draw)
-        code = job.wait()
+        hit, code = _run(struck, steps, attempt, None if over else kind, draw)
         unreadable += _unreadable(struck / "checkpoints", say)
         attempt += 1
         if hit:
@@ -77,6 +76,18 @@ def soak(
         "steps": done_before + _steps(struck),
         "seconds": round(time.monotonic() - begun),
     }
+
+
+def _run(
+    folder: Path, steps: int, attempt: int, kind: str | None = None, draw: random.Random | None = None
+) -> tuple[bool, int]:
+    """Whether it was struck in that way, and its exit code. A training that hangs is a fault, and not waited for."""
+    job = _start(folder, steps, attempt)
+    try:
+        hit = kind is not None and _strike(job, folder, kind, draw)
+        return hit, job.wait(_LONGEST_SECONDS)
+    finally:
+        job.kill()
 
 
 def _start(folder: Path, steps: int, attempt: int) -> subprocess.Popen:
@@ -154,7 +165,7 @@ def _begin_again(struck: Path, whole: Path, steps: int) -> int:
 
     Returns the steps that it has done.
     """
-    assert _start(struck, steps, 10**6).wait() == 0
+    assert _run(struck, steps, 10**6) == (False, 0)
     assert _count_examples(struck, steps) == (0, 0)
     assert _different(whole, struck, steps) == 0
     count = _steps(struck)

@@ -30,7 +30,7 @@ import disttrain as dt
 from disttrain.checkpoint import checkpointer, files
 from disttrain.data.batches import Batches
 from disttrain.errors import ConfigError, DataError, Preempted
-from launch import launch, start
+from launch import Started, launch, start
 
 EXAMPLES, EPOCHS = 29, 3  # of 8 examples: four batches, the last of five
 
@@ -673,7 +673,7 @@ def test_ctrl_c_twice_ends_at_once(local, tmp_path):
 def digits(folder, *options):
     words = ["-np", "2", "--launcher", "mpirun", "--", sys.executable, "-m", "disttrain.cli", "train", "digits"]
     words += ["--epochs", "4", "--batch-size", "500", "--resume", "auto", "--out", str(folder), *options]
-    return subprocess.Popen(
+    return Started(
         [sys.executable, "-m", "disttrain.cli", "run", *words],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"},
         stdin=subprocess.DEVNULL,

@@ -17,7 +17,7 @@ from disttrain.errors import BackendError, ConfigError
 from disttrain.launcher.command import Job, choose_hosts, choose_launcher, commands, resolve
 from disttrain.launcher.hosts import Host
 from disttrain.world import World, world
-from launch import free_ports
+from launch import Started, free_ports
 
 PROGRAMS = str(Path(__file__).parent / "ranks" / "programs.py")
 LAUNCHERS = ["mpirun", "horovodrun", "local"]
@@ -33,7 +33,7 @@ def command(*options, program):
 def start(*options, program):
     # As from a shell in which nothing is activated: what belongs to this Python is found beside it.
     environment = os.environ | {"PATH": os.environ["PATH"].replace(f"{BIN}{os.pathsep}", ""), "MARK": MARK}
-    return subprocess.Popen(
+    return Started(
         command(*options, program=program),
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -51,10 +51,7 @@ def run(*options, program, seconds=90):
 
 
 def finish(job, seconds=90):
-    try:
-        output, _ = job.communicate(timeout=seconds)
-    finally:
-        job.kill()
+    output, _ = job.communicate(timeout=seconds)
     until = time.monotonic() + 3
     while (left := programs_alive()) and time.monotonic() < until:
         time.sleep(0.1)
@@ -228,7 +225,7 @@ def test_an_elastic_job_goes_on_with_the_hosts_that_there_are(tmp_path):
     script.chmod(0o755)
     hosts.write_text("localhost:2\n")
     environment = os.environ | {"MARK": MARK, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    with subprocess.Popen(
+    with Started(
         digits(tmp_path / "run", script, "mpirun"),
         env=environment,
         stdout=subprocess.PIPE,

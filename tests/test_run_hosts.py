@@ -42,10 +42,7 @@ def run(hosts, *options, program, seconds=240, **environment):
 
 def finish(hosts, job, seconds=60):
     """Exit code, output, and what is left on the hosts."""
-    try:
-        output, _ = job.communicate(timeout=seconds)
-    finally:
-        job.kill()
+    output, _ = job.communicate(timeout=seconds)
     return job.returncode, output, hosts.wait_until_empty(5)
 
 
