@@ -53,24 +53,21 @@ ranks() { grep -lszE "^(${DISTTRAIN_RANK_VARIABLES:-OMPI_COMM_WORLD_RANK|HOROVOD
 
 # The end of a pod is told to its first process only. Ranks hear of it here, and have until the grace period ends to save.
 stop() {
-  stopping=1
+  trap '' TERM INT
   ranks | xargs --no-run-if-empty kill -TERM 2>/dev/null || true  # some may have ended by now
+  while [ -n "$(ranks)" ]; do sleep 0.2; done
+  jobs -p | xargs --no-run-if-empty kill -TERM 2>/dev/null || true
+  exit 0
 }
 
 serve() {
+  trap stop TERM INT  # before there is anything to stop: a pod may be taken away as soon as it is there
   # A full path, since sshd starts itself again for every connection.
   "${DISTTRAIN_SSHD:-/usr/sbin/sshd}" -D -e -f /etc/disttrain/sshd_config -p "$port" &
-  stopping=
-  trap stop TERM INT
   wait $! || true
-  [ -n "$stopping" ] || exit 1
-  while [ -n "$(ranks)" ]; do sleep 0.2; done
-  kill -TERM $! 2>/dev/null || true
+  exit 1
 }
 
-if [ "${1:-}" = sshd ]; then
-  serve
-  exit 0
-fi
+if [ "${1:-}" = sshd ]; then serve; fi
 if [ -e "$hostfile" ]; then wait_for_hosts; fi
 exec "$@"

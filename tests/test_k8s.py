@@ -1,5 +1,6 @@
 """Kubernetes: the manifests in k8s/, what the lint finds when they are broken, overlays, the entry point, the Dockerfile."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -431,14 +432,17 @@ def entrypoint(tmp_path):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         started.append(process)
         return process
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        # What it has started holds its pipes open.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
 
 
 def _port():
@@ -485,19 +489,25 @@ def test_without_a_host_file_the_command_runs_at_once_and_keeps_its_exit_code(en
     assert process.returncode == 75
 
 
-def test_the_end_of_a_worker_reaches_its_ranks_first(entrypoint, tmp_path):
-    said, variable = tmp_path / "said", f"RANK_OF_{os.getpid()}"
+@pytest.mark.parametrize("soon", [False, True])
+def test_the_end_of_a_worker_reaches_its_ranks_first(entrypoint, tmp_path, soon):
+    """Whether it comes while the worker waits for ranks, or just as its server starts; there on a very slow machine."""
+    said, variable, slow = tmp_path / "said", f"RANK_OF_{os.getpid()}", tmp_path / "slow"
+    slow.write_text("unset BASH_ENV\nset -o functrace\ntrap 'sleep 0.2' DEBUG\n" if soon else "")
     server, rank = tmp_path / "sshd", tmp_path / "rank"
     script = "#!/bin/bash\ntrap 'sleep {delay}; echo {name} >> {said}; exit' TERM\n"
-    script += "echo up >> {said}\nwhile :; do sleep 0.1; done\n"
-    for path, delay in ((server, 0), (rank, 0.5)):
-        path.write_text(script.format(name=path.name, said=said, delay=delay))
+    script += "echo up >> {said}\n{first}\nwhile :; do sleep 0.1; done\n"
+    for path, delay, first in ((server, 0, "kill -TERM $PPID" if soon else ":"), (rank, 0.5, ":")):
+        path.write_text(script.format(name=path.name, said=said, delay=delay, first=first))
         path.chmod(0o755)
-    process = entrypoint("sshd", DISTTRAIN_SSHD=str(server), DISTTRAIN_RANK_VARIABLES=variable)
     training = subprocess.Popen([rank], env=os.environ | {variable: "0"})
     try:
-        _until(lambda: said.exists() and said.read_text() == "up\nup\n")
-        process.send_signal(signal.SIGTERM)
+        _until(lambda: said.exists() and said.read_text() == "up\n")
+        own = {"DISTTRAIN_SSHD": str(server), "DISTTRAIN_RANK_VARIABLES": variable, "BASH_ENV": str(slow)}
+        process = entrypoint("sshd", **own)
+        _until(lambda: said.read_text().startswith("up\nup\n"))
+        if not soon:
+            process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
         assert process.returncode == 0
         assert training.wait(timeout=30) == 0
