@@ -58,7 +58,8 @@ class Trainer:
           dataset: global batches: a `disttrain.data.Batches`, a `tf.data.Dataset` (all ranks must get the same: shuffle it
             by a seed), or any iterable that can be gone through once for each epoch. Should workers have more or fewer of
             them, those that are done take part with no examples until all are. A training that goes on from a checkpoint
-            passes over the batches of its epoch that it has seen; the first of these types knows how it had shuffled that epoch.
+            passes over the batches of its epoch that it has seen, in the order in which that epoch was shuffled: of a
+            `tf.data.Dataset` that is newly made, as the process before had it. Where that cannot be found again, it warns.
           epochs: how often (default 1). One of `epochs` and `steps`, not both.
           steps: optimizer steps instead; the data set is gone through as often as that takes.
           validation: global batches for `evaluate`, after the last step.
@@ -137,7 +138,7 @@ class Trainer:
         preemption: Preemption,
     ) -> None:
         dataset = _of_epoch(dataset, run.epochs, run.batches)
-        batches = self.comm.distribute(dataset)
+        batches, run.begun = run.begun or self.comm.distribute(dataset), None
         known = self.comm.all_gather_object((_length(batches), _fingerprint(dataset)))
         lengths, fingerprints = zip(*known, strict=True)
         _check_same_data(fingerprints)
@@ -172,7 +173,7 @@ class Trainer:
                 "the data set has another order in every iteration, of which a worker that joins an elastic job has made none: "
                 "use dt.data.Batches, or shuffle(..., reshuffle_each_iteration=False)"
             )
-        mine, told = None, [None]
+        mine, told, run.begun = None, [None], None
         if run.holds:
             mine = {"run": run.state(), "step": self.step.settings, "micro_batches": self.step.micro_batches}
         if self.comm.elastic:
@@ -198,13 +199,12 @@ class Trainer:
         if self.comm.is_chief:
             log.info("going on after step %d; ranks: %d", run.steps, self.comm.size)
 
-    def _start_step(self, dataset: Iterable, root: int = 0) -> None:
-        """Its variables exist once it has started, for which it wants to see what a batch is like."""
-        for batch in self.comm.distribute(_of_epoch(dataset, 0, 0)):
-            self.step.start(batch, root=root)
-            break
-        else:
-            self.step.start(None, root=root)
+    def _start_step(self, dataset: Iterable, root: int = 0) -> Iterable:
+        """Its variables exist once it has started, for which it wants to see what a batch is like. Returns an epoch's batches."""
+        batches = iter(self.comm.distribute(_of_epoch(dataset, 0, 0)))
+        seen = list(itertools.islice(batches, 1))
+        self.step.start(seen[0] if seen else None, root=root)
+        return itertools.chain(seen, batches)
 
     # Checkpoints -------------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,10 @@ class Trainer:
 
     def _go_on(self, saved: Saved, dataset: Iterable, run: _Run) -> None:
         run.restore(saved.state["run"])
-        self._start_step(dataset)
+        pipeline.pass_over(dataset, run.epochs)
+        epoch = self._start_step(dataset)
+        if pipeline.shuffles_again(dataset):  # to the pipeline, this was the epoch: the next one has another order
+            run.begun = itertools.islice(epoch, run.batches, None)
         if self.comm.is_chief:
             with self.comm.busy("reading a checkpoint"):
                 self._checkpoint.load(saved, self.step.state)
@@ -226,12 +229,17 @@ class Trainer:
         self.step.settings = saved.state["step"]
         if self.comm.is_chief:
             log.info("going on from %s: step %d, epoch %d", saved.folder, run.steps, run.epochs)
-            if pipeline.shuffles_again(dataset):
-                log.warning(
-                    "the data set has another order in every iteration, and not again that of the epoch to go on in: some of its "
-                    "examples may be seen twice, others never. dt.data.Batches knows the order of an epoch, and shuffle(..., "
-                    "reshuffle_each_iteration=False) keeps one"
-                )
+            self._warn_of_order(dataset, run)
+
+    @staticmethod
+    def _warn_of_order(dataset: Iterable, run: _Run) -> None:
+        lost = run.epochs > 0 and not pipeline.can_pass_over(dataset)
+        if lost or pipeline.drawn_by_chance(dataset):
+            log.warning(
+                "the data set is not in the order again that it had in the epoch to go on in (%s): some of its examples may be "
+                "seen twice, others never. dt.data.Batches always knows the order of an epoch",
+                "a stage after shuffle, such as repeat, hides it" if lost else "shuffle has no seed",
+            )
 
     def _save(self, run: _Run) -> None:
         if self.comm.is_chief:
@@ -341,6 +349,7 @@ class _Run:
         self.examples, self.grad_norm = 0.0, 0.0
         self.moved, self.last = False, None
         self.holds = False  # whether the variables here are those of these steps
+        self.begun: Iterable | None = None  # what is left of the epoch, where looking at its first batch has begun it
         self.means = _Means()
         self._start, self._seconds_before = time.perf_counter(), 0.0
         self._after_first: tuple[float, float] | None = None

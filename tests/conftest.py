@@ -1,6 +1,8 @@
 """Starts TensorFlow once for every test process: three logical CPU devices, one thread each."""
 
+import faulthandler
 import os
+import signal
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
@@ -10,6 +12,8 @@ import tensorflow as tf
 import disttrain as dt
 from disttrain.gradients import sparse
 
+# What a shell has started in the background ignores Ctrl-C, and so would the jobs of tests that send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.threading.set_inter_op_parallelism_threads(1)
 sparse.SMALL = 0  # the models of tests are small, and their IndexedSlices are to stay what they are
@@ -36,6 +40,16 @@ def two(comms):
 @pytest.fixture
 def three(comms):
     return comms["mirrored3"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown():
+    """Ends the process where a teardown hangs, most likely after a test that failed: pytest's own timeouts strike once."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_configure(config):

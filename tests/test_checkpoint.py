@@ -106,19 +106,37 @@ def test_an_interrupted_training_goes_on_bit_for_bit(comms, whole, tmp_path, bac
         assert said_again[name] == said[name], name
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_going_on_in_a_pipeline_that_shuffles(local, tmp_path, caplog, again):
+@pytest.mark.parametrize("interrupted", [2, 4, 6])  # an epoch has four batches
+@pytest.mark.parametrize(
+    ("shuffle", "after", "says"),
+    [
+        ({"seed": 1}, lambda x: x, None),
+        ({"seed": 1, "reshuffle_each_iteration": False}, lambda x: x.repeat(2).take(EXAMPLES), None),
+        ({"seed": 1}, lambda x: x.cache().prefetch(2), None),
+        ({"seed": 1}, lambda x: x.repeat(2).take(EXAMPLES), "a stage after shuffle, such as repeat, hides it"),
+        ({}, lambda x: x, "shuffle has no seed"),
+    ],
+)
+def test_going_on_in_a_pipeline_that_shuffles(local, tmp_path, caplog, shuffle, after, says, interrupted):
     """It does so in the same order, or warns."""
-    shuffle = {"seed": 1, "reshuffle_each_iteration": again}
-    pipeline = lambda: tf.data.Dataset.from_tensor_slices(columns()).shuffle(EXAMPLES, **shuffle).batch(8)  # noqa: E731
+
+    def pipeline():
+        tf.random.set_seed(None)  # `make` has set one
+        return after(tf.data.Dataset.from_tensor_slices(columns()).shuffle(EXAMPLES, **shuffle)).batch(8)
+
     whole = make(local)
-    train(whole, pipeline(), steps=10)
-    train(make(local, dt.Checkpointer(tmp_path)), pipeline(), steps=9)
+    train(whole, pipeline(), steps=11)
+    train(make(local, dt.Checkpointer(tmp_path)), pipeline(), steps=interrupted)
     resumed = make(local, dt.Checkpointer(tmp_path))
     with caplog.at_level(logging.WARNING, "disttrain"):
-        train(resumed, pipeline(), steps=10)
-    assert ("some of its examples may be seen twice" in caplog.text) == again
-    assert (snapshot(*resumed.step.state) == snapshot(*whole.step.state)) == (not again)
+        said = train(resumed, pipeline(), steps=11)
+    # Of whatever stages, the first iteration in a process is the first.
+    lost = says is not None and (not shuffle or interrupted > 4)
+    assert (f"in the epoch to go on in ({says}): some of its examples may be seen twice" in caplog.text) == lost
+    if not lost:
+        assert "may be seen twice" not in caplog.text
+    assert (snapshot(*resumed.step.state) == snapshot(*whole.step.state)) == (not lost)
+    assert (said["steps"], said["epochs"], said["examples"]) == (11, 3, 2 * EXAMPLES + 24)
 
 
 def test_a_training_that_is_over_stays_so(local, whole, tmp_path):

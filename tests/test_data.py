@@ -18,6 +18,7 @@ from PIL import Image
 
 from disttrain.comm import shares
 from disttrain.comm.one_replica import OneReplica
+from disttrain.comm.pipeline import can_pass_over, pass_over
 from disttrain.data import Batches, ImageFolder, Table, TFRecords, digits, text
 from disttrain.errors import DataError
 from launch import launch
@@ -520,6 +521,74 @@ def test_ranks_share_a_pipeline_that_is_seeded(name, by):
         seen += [share.numpy() for share in Rank(rank, 3).distribute(pipeline)]
     tf.random.set_seed(None)
     assert sorted(np.concatenate(seen)) == list(range(20))
+
+
+def later_orders(again=True):
+    """Pipelines that shuffle anew in every iteration, by their stages, and whether that order can be found again."""
+    numbers = tf.data.Dataset.range(24)
+    shuffled = numbers.shuffle(24, seed=3, reshuffle_each_iteration=again)
+    two = lambda x: tf.data.Dataset.from_tensors(x).repeat(2)  # noqa: E731
+    ragged = lambda x: tf.ragged.range(x % 3)  # noqa: E731
+    return {
+        "batch": (shuffled.batch(5), True),
+        "batch in parallel": (shuffled.batch(5, num_parallel_calls=2).prefetch(2), True),
+        "map": (shuffled.map(lambda x: x + 1).map(lambda x: x, num_parallel_calls=2).padded_batch(5), True),
+        "filter": (shuffled.filter(lambda x: x > 3).take(20).skip(1).shard(2, 0).batch(3), True),
+        "rebatch": (shuffled.batch(5).unbatch().batch(4).rebatch(3), True),
+        "ragged": (shuffled.map(ragged).ragged_batch(5).map(tf.RaggedTensor.to_tensor), True),
+        "buckets": (shuffled.bucket_by_sequence_length(lambda x: tf.cast(x % 4, tf.int32), [2], [3, 4]), True),
+        "window": (shuffled.window(5).flat_map(lambda window: window.batch(5)), True),
+        "scan": (shuffled.scan(tf.constant(0, tf.int64), lambda s, x: (s + x, s + x)).unique().batch(5), True),
+        "while": (shuffled.take_while(lambda x: x != 7).batch(5), True),
+        "zip": (tf.data.Dataset.zip(shuffled, numbers.shuffle(9, seed=4)).map(lambda x, y: x * 100 + y).batch(5), True),
+        "enumerate": (shuffled.enumerate().map(lambda i, x: i * 100 + x).batch(5), True),
+        "interleave": (shuffled.interleave(two, cycle_length=3).shuffle(9, seed=5).batch(5), True),
+        "interleave in parallel": (shuffled.interleave(two, num_parallel_calls=2).batch(5), True),
+        "flat": (shuffled.flat_map(two).ignore_errors().batch(5), True),
+        "after a cache": (numbers.cache().shuffle(24, seed=3).batch(5), True),
+        "options": (
+            shuffled.apply(tf.data.experimental.assert_cardinality(24)).batch(5).with_options(tf.data.Options()),
+            True,
+        ),
+        "cache": (shuffled.cache().shuffle(24, seed=4).batch(5), True),
+        "concatenate": (numbers.concatenate(shuffled).concatenate(shuffled).batch(5), True),
+        "repeat": (shuffled.repeat(2).batch(5), False),
+    }
+
+
+def order(dataset):
+    return [batch.tolist() for batch in dataset.as_numpy_iterator()]
+
+
+@pytest.mark.parametrize("stages", later_orders())
+def test_a_new_process_finds_the_order_of_a_later_iteration_where_it_says_so(stages):
+    pipeline, found = later_orders()[stages]
+    wanted = [order(pipeline) for _ in range(4)]
+    assert wanted[0] != wanted[3]
+    assert can_pass_over(pipeline) == found
+    again, _ = later_orders()[stages]
+    pass_over(again, 3)
+    assert (order(again) == wanted[3]) == found
+    if found:
+        again, _ = later_orders()[stages]
+        pass_over(again, 2)
+        assert order(again.skip(2)) == wanted[2][2:]
+    assert can_pass_over(later_orders(again=False)[stages][0])
+
+
+def test_files_in_an_order_that_is_found_again(tmp_path):
+    for number in range(7):
+        (tmp_path / f"{number}.txt").write_text(f"{number}\n")
+
+    def make():
+        files = tf.data.Dataset.list_files(str(tmp_path / "*.txt"), seed=3)
+        return files.interleave(tf.data.TextLineDataset, num_parallel_calls=2).shuffle(5, seed=4).batch(2)
+
+    pipeline, again = make(), make()
+    wanted = [order(pipeline) for _ in range(3)]
+    assert can_pass_over(pipeline)
+    pass_over(again, 2)
+    assert order(again) == wanted[2] != wanted[1]
 
 
 # What is on every machine -----------------------------------------------------------------------------------------------

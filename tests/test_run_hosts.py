@@ -89,7 +89,9 @@ RING_BOUND = 2 * (2 / 3) * 64 * 2**20 * 8 / 100e6  # seconds, at 100 Mbit/s and 
 def test_a_slow_link_is_used_as_well_as_it_can_be(hosts, backend):
     hosts.shape("100mbit")
     try:
-        code, output, _ = run(hosts, *THREE, "--launcher", "mpirun", program=[PROGRAMS, "ring", backend])
+        # More than one try: what counts is what the link can do, and other work may hold up a rank.
+        program = [PROGRAMS, "ring", backend, str(1.1 * RING_BOUND)]
+        code, output, _ = run(hosts, *THREE, "--launcher", "mpirun", program=program)
     finally:
         hosts.unshape()
     assert code == 0, output

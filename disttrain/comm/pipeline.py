@@ -9,29 +9,50 @@ import tensorflow as tf
 
 from disttrain.errors import DataError
 
+# Stages that go through what is before them once in each iteration. Others do so more often, such as `repeat`.
+_ONCE = frozenset(
+    f"_{name}Dataset"
+    for name in (
+        *("AssertCardinality", "Batch", "Concatenate", "DenseToRagged", "Filter", "FlatMap", "GroupByWindow"),
+        *("IgnoreErrors", "Interleave", "Map", "Options", "PaddedBatch", "ParallelBatch", "ParallelInterleave"),
+        *("ParallelMap", "Prefetch", "Rebatch", "Restructured", "Scan", "Shard", "Shuffle", "Skip", "Take"),
+        *("TakeWhile", "Unbatch", "Unique", "Window", "Zip"),
+    )
+)
+
 
 class Shuffle(NamedTuple):
     """A shuffle in a pipeline.
 
     Attributes:
+      stage: the pipeline up to it.
       seeds: zeros where they are drawn by chance.
-      again: whether every iteration has another order.
+      again: whether every iteration of it has another order.
+      times: how often an iteration of the pipeline iterates it; 0 where the first does so and a cache keeps what it has
+        found, None where this cannot be told.
     """
 
+    stage: tf.data.Dataset
     seeds: tuple[int, int]
     again: bool
+    times: int | None
 
 
-def shuffles(dataset: Iterable) -> list[Shuffle]:
+def shuffles(dataset: Iterable, times: int | None = 1) -> list[Shuffle]:
     """Those of a pipeline; none of any other data set. Within a function of the pipeline (of `interleave`) they are not seen."""
     if not isinstance(dataset, tf.data.Dataset):
         return []
-    # Private to TensorFlow. The public way, by the pipeline's graph, makes a copy of all arrays in it.
-    found = [shuffle for before in dataset._inputs() for shuffle in shuffles(before)]
-    if type(dataset).__name__ == "_ShuffleDataset":
+    name = type(dataset).__name__
+    found = []
+    if name == "_ShuffleDataset":
+        # Private to TensorFlow. The public way, by the pipeline's graph, makes a copy of all arrays in it.
         seeds = int(dataset._seed), int(dataset._seed2)
-        found.append(Shuffle(seeds, bool(dataset._reshuffle_each_iteration)))
-    return found
+        found = [Shuffle(dataset, seeds, bool(dataset._reshuffle_each_iteration), times)]
+    elif name == "CacheDataset":
+        times = 0
+    elif name not in _ONCE and times != 0:
+        times = None
+    return [shuffle for before in dataset._inputs() for shuffle in shuffles(before, times)] + found
 
 
 def described(dataset: Iterable) -> str | None:
@@ -42,7 +63,7 @@ def described(dataset: Iterable) -> str | None:
 
 def check_seeds(dataset: Iterable) -> None:
     """Raises `DataError` where every process would have an order of its own."""
-    if any(shuffle.seeds == (0, 0) for shuffle in shuffles(dataset)):
+    if drawn_by_chance(dataset):
         raise DataError(
             "the data set is shuffled without a seed: every rank would have an order of its own, and examples would be lost and "
             "repeated. Give `shuffle` a seed, and `list_files`, which shuffles unless it is told not to; or call "
@@ -50,6 +71,27 @@ def check_seeds(dataset: Iterable) -> None:
         )
 
 
+def drawn_by_chance(dataset: Iterable) -> bool:
+    """Whether its order is another one in every process."""
+    return any(shuffle.seeds == (0, 0) for shuffle in shuffles(dataset))
+
+
 def shuffles_again(dataset: Iterable) -> bool:
-    """Whether its order depends on how often it was iterated, which a new process cannot know."""
+    """Whether its order depends on how often it was iterated."""
     return any(shuffle.again for shuffle in shuffles(dataset))
+
+
+def pass_over(dataset: Iterable, iterations: int) -> None:
+    """Goes on to the order of a later iteration, reading nothing: a shuffle draws its order when an iterator is made.
+
+    Exact where `can_pass_over` says so. What is before a shuffle has no iterator before that is read from, so that each
+    shuffle counts for itself.
+    """
+    for shuffle in shuffles(dataset):
+        if shuffle.again:
+            for _ in range(iterations * (shuffle.times or 0)):
+                iter(shuffle.stage)
+
+
+def can_pass_over(dataset: Iterable) -> bool:
+    return all(shuffle.times is not None or not shuffle.again for shuffle in shuffles(dataset))

