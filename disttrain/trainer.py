@@ -168,14 +168,17 @@ class Trainer:
 
     def _take_up(self, dataset: Iterable, run: _Run) -> None:
         """Goes on from where the furthest rank of an elastic job is, else from the checkpoint, else begins."""
-        if self.comm.elastic and pipeline.shuffles_again(dataset):
-            raise DataError(
-                "the data set has another order in every iteration, of which a worker that joins an elastic job has made none: "
-                "use dt.data.Batches, or shuffle(..., reshuffle_each_iteration=False)"
-            )
+        if self.comm.elastic:
+            pipeline.check_seeds(dataset)  # also where there is one rank: others may come
+            if pipeline.shuffles_again(dataset):
+                raise DataError(
+                    "the data set has another order in every iteration, of which a worker that joins an elastic job has made "
+                    "none: use dt.data.Batches, or shuffle(..., reshuffle_each_iteration=False)"
+                )
         mine, told, run.begun = None, [None], None
         if run.holds:
             mine = {"run": run.state(), "step": self.step.settings, "micro_batches": self.step.micro_batches}
+            mine["moved"] = run.moved  # all save at the end, or none
         if self.comm.elastic:
             told = self.comm.all_gather_object(mine)
         furthest = max((state for state in told if state), key=lambda state: state["run"]["steps"], default=None)
@@ -196,6 +199,7 @@ class Trainer:
             self._start_step(dataset, root)
         self.step.settings, self.step.micro_batches = state["step"], state["micro_batches"]
         run.restore(state["run"])
+        run.moved = run.moved or state["moved"]
         if self.comm.is_chief:
             log.info("going on after step %d; ranks: %d", run.steps, self.comm.size)
 

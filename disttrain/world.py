@@ -13,6 +13,8 @@ from disttrain.errors import BackendError
 # What `disttrain run` sets for ranks: how many there are, and a file descriptor that takes JSON lines, of rank and progress.
 WORLD_SIZE = "DISTTRAIN_WORLD_SIZE"
 PROGRESS_FD = "DISTTRAIN_PROGRESS_FD"
+# Set for a rank that is started when its job was asked to end already.
+ASKED = "DISTTRAIN_ASKED_TO_END"
 
 
 class World(NamedTuple):

@@ -17,6 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.threading.set_inter_op_parallelism_threads(1)
 sparse.SMALL = 0  # the models of tests are small, and their IndexedSlices are to stay what they are
+_STDERR = os.dup(2)  # pytest puts a file in its place while a test runs
 _COMMS = {"mirrored3": dt.init("mirrored", replicas=3)}
 _COMMS |= {"mirrored2": dt.init("mirrored", replicas=2), "local": dt.init("local")}
 
@@ -45,7 +46,7 @@ def three(comms):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown():
     """Ends the process where a teardown hangs, most likely after a test that failed: pytest's own timeouts strike once."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    faulthandler.dump_traceback_later(120, exit=True, file=_STDERR)
     try:
         return (yield)
     finally:

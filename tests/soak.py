@@ -104,14 +104,16 @@ def _start(folder: Path, steps: int, attempt: int) -> subprocess.Popen:
 
 def _strike(job: subprocess.Popen, folder: Path, kind: str, draw: random.Random) -> bool:
     """Waits until it trains, and for a moment more; False if it was over by then."""
-    begun = _lines(folder)
+    begun, until = _lines(folder), time.monotonic() + _LONGEST_SECONDS
     while _lines(folder) < begun + 3:  # one of the two ranks is at its second step
         if job.poll() is not None:
             return False
+        assert time.monotonic() < until, "the training does not begin"
         time.sleep(0.01)
     time.sleep(draw.uniform(0, 0.8))
     if kind == "SIGKILL in the middle of a save":
         while not list(folder.glob("checkpoints/.step-*")) and job.poll() is None:
+            assert time.monotonic() < until, "the training saves nothing"
             time.sleep(0.0005)
     if job.poll() is not None:
         return False

@@ -496,18 +496,23 @@ def pipelines(**seed):
     }
 
 
-@pytest.mark.parametrize("name", ["shuffle", "deep", "part", "files"])
+@pytest.mark.parametrize("name", ["shuffle", "deep", "part", "files", "sample"])
 def test_ranks_refuse_a_pipeline_whose_order_is_drawn_by_chance(tmp_path, name):
     tf.random.set_seed(None)  # whatever other tests have set
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(f"{number}\n")
-    by_chance = {**pipelines(), "files": tf.data.Dataset.list_files(str(tmp_path / "*.txt")).batch(2)}[name]
+    numbers = tf.data.Dataset.range(9)
+    more = {
+        "files": tf.data.Dataset.list_files(str(tmp_path / "*.txt")).batch(2),
+        "sample": tf.data.Dataset.sample_from_datasets([numbers, numbers], [0.5, 0.5]).batch(2),
+    }
+    by_chance = {**pipelines(), **more}[name]
     for rank in range(2):
         with pytest.raises(
             DataError, match=r"shuffled without a seed: every rank .* Give `shuffle` a seed, and `list_files`"
         ):
             Rank(rank, 2).distribute(by_chance)
-    assert len(list(Rank(0, 1).distribute(by_chance))) == len(by_chance)
+    assert len(list(Rank(0, 1).distribute(by_chance))) > 1
 
 
 @pytest.mark.parametrize("name", ["shuffle", "deep", "part"])
@@ -552,6 +557,7 @@ def later_orders(again=True):
         ),
         "cache": (shuffled.cache().shuffle(24, seed=4).batch(5), True),
         "concatenate": (numbers.concatenate(shuffled).concatenate(shuffled).batch(5), True),
+        "sample": (tf.data.Dataset.sample_from_datasets([shuffled, shuffled], seed=3).batch(5), False),
         "repeat": (shuffled.repeat(2).batch(5), False),
     }
 

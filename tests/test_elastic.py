@@ -11,12 +11,17 @@ import threading
 import time
 from pathlib import Path
 
+import horovod.runner.elastic.driver
 import keras
 import numpy as np
 import tensorflow as tf
+from horovod.runner.common.util.secret import make_secret_key
+from horovod.runner.elastic.discovery import FixedHosts, HostManager
+from horovod.runner.elastic.worker import WorkerNotificationService
 
 from disttrain.comm.connections import Connections
 from disttrain.data import digits
+from disttrain.launcher.driver import Driver, Registry
 
 SCRIPT = Path(__file__).parent / "ranks" / "elastic.py"
 EXAMPLES, BATCH = 1437, 100
@@ -172,6 +177,81 @@ def test_who_waits_in_a_connection_that_is_cut_learns_of_it():
         assert other.recv(1) == b"x"
 
 
+class Job:
+    """What Horovod's registry of ranks asks of its driver."""
+
+    resumed = 0
+
+    def finished(self):
+        return False
+
+    def resume(self):
+        self.resumed += 1
+
+
+def until_true(holds, seconds=20):
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_host_whose_last_rank_fails_while_ranks_meet_is_taken_away():
+    job, hosts = Job(), HostManager(FixedHosts({"a": 1, "b": 1}))
+    hosts.update_available_hosts()
+    ranks = Registry(job, hosts)
+    ranks.reset(2)
+
+    def record(what, host):
+        def call():
+            with contextlib.suppress(RuntimeError):  # that the rank is in another state by now
+                what(host, 0)
+
+        threading.Thread(target=call, daemon=True).start()
+
+    record(ranks.record_ready, "b")
+    until_true(lambda: ranks.count("READY") == 1)
+    record(ranks.record_failure, "b")
+    until_true(lambda: ranks.count("FAILURE") == 1)
+    record(ranks.record_ready, "a")
+    until_true(lambda: job.resumed == 1)
+    assert ranks.again == set()
+    assert (hosts.is_blacklisted("a"), hosts.is_blacklisted("b")) == (False, True)
+
+
+def test_rank_0_hears_of_hosts_that_came_before_it_could_listen(monkeypatch):
+    class Rendezvous:
+        def init(self, slots):
+            pass
+
+        def stop(self):
+            pass
+
+    class Told:
+        count = 0
+
+        def handle_hosts_updated(self, timestamp, result):
+            self.count += 1
+
+    monkeypatch.setattr(horovod.runner.elastic.driver, "WorkerStateRegistry", Registry)  # as `main` does
+    hosts, told, key = FixedHosts({"localhost": 1}), Told(), make_secret_key()
+    service = WorkerNotificationService(key, None, told)
+    driver = Driver(Rendezvous(), hosts, 1, 4)
+    try:
+        driver.start(1, lambda slot, events: (events[0].wait() and 0, time.time()))
+        hosts.set({"localhost": 1, "127.0.0.1": 1})
+        until_true(lambda: len(driver._host_manager.current_hosts.available_hosts) == 2)
+        for _ in range(2):
+            driver.register_worker_server("localhost", 0, service.addresses(), key)
+        assert told.count == 2
+        driver.resume()  # the ranks have met anew
+        driver.register_worker_server("localhost", 0, service.addresses(), key)
+        assert told.count == 2
+    finally:
+        driver.stop()
+        service.shutdown()
+
+
 def test_two_workers_then_one_then_three_end_where_one_device_does(tmp_path):
     """All of it within one epoch of 15 steps, of which a worker is killed in the first third."""
     steps = 2 * STEPS_OF_EPOCH
@@ -246,6 +326,42 @@ def test_a_worker_that_is_asked_to_end_leaves_and_the_others_go_on(tmp_path):
         job.process.send_signal(signal.SIGTERM)
         assert job.ended() == 75, job.output
     assert "was killed" not in job.output
+    job.check_steps(max(note["step"] for note in job.notes()))
+
+
+def test_a_worker_that_is_lost_in_the_validation_is_replaced_and_all_end_together(tmp_path):
+    """The one in its place has done no step, and yet does what the others do after the last."""
+    words = ["--max-np", "2", "--restarts", "0"]
+    with Elastic(tmp_path, 12, ["localhost:2"], *words, CHECKPOINTS="1", VALIDATE="1") as job:
+        until = time.monotonic() + 120
+        while len(list(tmp_path.glob("validating-*"))) < 2:
+            assert job.process.poll() is None, job.output
+            assert time.monotonic() < until, job.output
+            time.sleep(0.05)
+        os.kill(max(job.alive()), signal.SIGKILL)
+        assert job.ended() == 0, job.output
+    assert job.output.count("was killed by signal 9 (SIGKILL); 1 goes on") == 1
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("end-*.json")]
+    assert len(summaries) == 2
+    assert summaries[0]["validation"] == summaries[1]["validation"]
+    assert {s["steps"] for s in summaries} == {12}
+    job.check_steps(12)
+
+
+def test_a_signal_that_ends_all_ends_one_that_is_being_started_too(tmp_path):
+    words = ["--max-np", "2", "--restarts", "0", "--grace", "60"]
+    with Elastic(tmp_path, 5000, ["localhost:2"], *words, CHECKPOINTS="1") as job:
+        job.wait_for(2)
+        os.kill(max(job.alive()), signal.SIGKILL)
+        until = time.monotonic() + 30
+        while "1 goes on" not in job.output:
+            assert time.monotonic() < until, job.output
+            time.sleep(0.01)
+        struck = time.monotonic()
+        job.process.send_signal(signal.SIGTERM)
+        assert job.ended() == 75, job.output
+    assert time.monotonic() - struck < 55, "one of them had to be told at the end of the grace period"
+    assert "all ranks have saved and can go on from there" in job.output
     job.check_steps(max(note["step"] for note in job.notes()))
 
 

@@ -57,8 +57,8 @@ class Hosts:
         from horovod.common.elastic import notification_manager
 
         self.changed = False
+        notification_manager.register_listener(self)  # before the driver knows whom to tell
         notification_manager.init()
-        notification_manager.register_listener(self)
 
     def on_hosts_updated(self, timestamp: int, result: int) -> None:
         """Called by Horovod, in a thread of its own."""

@@ -22,7 +22,7 @@ _ONCE = frozenset(
 
 
 class Shuffle(NamedTuple):
-    """A shuffle in a pipeline.
+    """A shuffle in a pipeline, or numbers drawn by chance: `sample_from_datasets` goes by them.
 
     Attributes:
       stage: the pipeline up to it.
@@ -48,6 +48,9 @@ def shuffles(dataset: Iterable, times: int | None = 1) -> list[Shuffle]:
         # Private to TensorFlow. The public way, by the pipeline's graph, makes a copy of all arrays in it.
         seeds = int(dataset._seed), int(dataset._seed2)
         found = [Shuffle(dataset, seeds, bool(dataset._reshuffle_each_iteration), times)]
+    elif name == "_RandomDataset":
+        seeds = int(dataset._seed), int(dataset._seed2)
+        found = [Shuffle(dataset, seeds, bool(dataset._rerandomize), None)]
     elif name == "CacheDataset":
         times = 0
     elif name not in _ONCE and times != 0:

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 
 from horovod.runner import gloo_run, launch
-from horovod.runner.elastic import driver, registration
+from horovod.runner.elastic import driver, registration, worker
 
 # A slot is filled again so often in so many seconds: others wait for its rank each time, which may fail at once.
 _TIMES, _SECONDS = 3, 600.0
@@ -29,7 +29,8 @@ class Registry(registration.WorkerStateRegistry):
         now, failed = time.monotonic(), self.get(registration.FAILURE)
         for slot in failed:
             self._failed[slot] = [then for then in self._failed[slot] if now - then < _SECONDS] + [now]
-        kept = {host for host, _ in self.get(registration.READY)}
+        # A rank that was ready to meet and failed then counts as both.
+        kept = {host for host, _ in self.get(registration.READY) - failed}
         self.again = {slot for slot in failed if slot[0] in kept and len(self._failed[slot]) <= _TIMES}
         failed -= self.again  # or their hosts would be taken away
         super()._on_workers_recorded()
@@ -37,6 +38,12 @@ class Registry(registration.WorkerStateRegistry):
 
 class Driver(driver.ElasticDriver):
     """Starts ranks in the slots that are new, and in those that a failed rank has left empty."""
+
+    def register_worker_server(self, host, slot, addresses, secret_key):
+        super().register_worker_server(host, slot, addresses, secret_key)
+        # Changes of hosts are told to rank 0 once. If that one was being started, it has not heard of them.
+        with self._wait_hosts_cond:
+            self._notify_workers_host_changes(self._host_manager.current_hosts, worker.HostUpdateResult.added)
 
     def _update_host_assignments(self, current_hosts):
         pending = super()._update_host_assignments(current_hosts)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from disttrain.errors import EXIT_RESUME
 from disttrain.launcher.facts import differences, facts
 from disttrain.launcher.supervisor import Outcome, Rank, Supervisor, how_it_ended
+from disttrain.world import ASKED
 
 
 class _Loss(NamedTuple):
@@ -42,7 +43,9 @@ class Survivors(Supervisor):
         self._ranks[self._come] = rank
         self._come += 1
         self._went = True
-        rank.send("go", environment={"DISTTRAIN_ATTEMPT": str(self._number)})
+        # All are asked to end, or those that were asked would leave, and be replaced by those that were not.
+        asked = {ASKED: "1"} if self._interrupted else {}
+        rank.send("go", environment={"DISTTRAIN_ATTEMPT": str(self._number), **asked})
 
     def _take_output(self, rank: Rank, stream: str, text: str) -> None:
         said = _said(text) if stream == "progress" else {}

@@ -62,6 +62,16 @@ def note(out, micro_batches):
         file.write(json.dumps(said) + "\n")
 
 
+class Slow:
+    """Four batches, one second each, for a validation in which something happens."""
+
+    def __iter__(self):
+        (FOLDER / f"validating-{os.getpid()}").touch()
+        for batch in data.epoch(0).take(4):
+            time.sleep(1)
+            yield batch
+
+
 step = Noting(model, optimizer, loss_fn=loss_fn, comm=comm, accumulate=2, jit=False, check_every=7)
 data = dt.data.Batches((images, labels, np.arange(len(images))), 100, seed=4)
 (FOLDER / f"here-{os.getpid()}").write_text(os.environ["HOROVOD_HOSTNAME"])
@@ -71,7 +81,7 @@ try:
     trainer.fit(tf.data.Dataset.range(10).shuffle(10, seed=1).batch(5))
 except dt.errors.DataError as error:
     (FOLDER / f"refused-{os.getpid()}").write_text(str(error))
-summary = trainer.fit(data, steps=STEPS)
+summary = trainer.fit(data, steps=STEPS, validation=Slow() if "VALIDATE" in os.environ else None)
 np.savez(FOLDER / f"end-{os.getpid()}.npz", *[v.numpy() for v in step.state])
 (FOLDER / f"end-{os.getpid()}.json").write_text(json.dumps({"rank": comm.rank, **summary}))
 comm.close()
