@@ -177,8 +177,8 @@ class Trainer:
                 )
         mine, told, run.begun = None, [None], None
         if run.holds:
-            mine = {"run": run.state(), "step": self.step.settings, "micro_batches": self.step.micro_batches}
-            mine["moved"] = run.moved  # all save at the end, or none
+            mine = {"run": run.state(), "moved": run.moved}  # by `moved` all save at the end, or none
+            mine |= {"step": self.step.settings, "micro_batches": self.step.micro_batches}
         if self.comm.elastic:
             told = self.comm.all_gather_object(mine)
         furthest = max((state for state in told if state), key=lambda state: state["run"]["steps"], default=None)

@@ -353,10 +353,7 @@ def test_a_signal_that_ends_all_ends_one_that_is_being_started_too(tmp_path):
     with Elastic(tmp_path, 5000, ["localhost:2"], *words, CHECKPOINTS="1") as job:
         job.wait_for(2)
         os.kill(max(job.alive()), signal.SIGKILL)
-        until = time.monotonic() + 30
-        while "1 goes on" not in job.output:
-            assert time.monotonic() < until, job.output
-            time.sleep(0.01)
+        until_true(lambda: "1 goes on" in job.output, 30)
         struck = time.monotonic()
         job.process.send_signal(signal.SIGTERM)
         assert job.ended() == 75, job.output

@@ -18,7 +18,7 @@ class Preemption:
     A rank that is started after its job was asked to end counts as asked.
 
     Attributes:
-      requested: name of the signal that has come; empty if none has.
+      requested: name of the signal that has come, or that it came before this rank was started; empty if none has.
     """
 
     def __init__(self):

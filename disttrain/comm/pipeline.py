@@ -15,10 +15,13 @@ _ONCE = frozenset(
     for name in (
         *("AssertCardinality", "Batch", "Concatenate", "DenseToRagged", "Filter", "FlatMap", "GroupByWindow"),
         *("IgnoreErrors", "Interleave", "Map", "Options", "PaddedBatch", "ParallelBatch", "ParallelInterleave"),
-        *("ParallelMap", "Prefetch", "Rebatch", "Restructured", "Scan", "Shard", "Shuffle", "Skip", "Take"),
+        *("ParallelMap", "Prefetch", "Rebatch", "Restructured", "Scan", "Shard", "Skip", "Take"),
         *("TakeWhile", "Unbatch", "Unique", "Window", "Zip"),
     )
 )
+
+# Stages that draw by chance, and what says whether they do so anew in each iteration.
+_DRAWS = {"_ShuffleDataset": "_reshuffle_each_iteration", "_RandomDataset": "_rerandomize"}
 
 
 class Shuffle(NamedTuple):
@@ -44,13 +47,11 @@ def shuffles(dataset: Iterable, times: int | None = 1) -> list[Shuffle]:
         return []
     name = type(dataset).__name__
     found = []
-    if name == "_ShuffleDataset":
-        # Private to TensorFlow. The public way, by the pipeline's graph, makes a copy of all arrays in it.
+    # Private to TensorFlow. The public way, by the pipeline's graph, makes a copy of all arrays in it.
+    if name in _DRAWS:
         seeds = int(dataset._seed), int(dataset._seed2)
-        found = [Shuffle(dataset, seeds, bool(dataset._reshuffle_each_iteration), times)]
-    elif name == "_RandomDataset":
-        seeds = int(dataset._seed), int(dataset._seed2)
-        found = [Shuffle(dataset, seeds, bool(dataset._rerandomize), None)]
+        counted = times if name == "_ShuffleDataset" else None
+        found = [Shuffle(dataset, seeds, bool(getattr(dataset, _DRAWS[name])), counted)]
     elif name == "CacheDataset":
         times = 0
     elif name not in _ONCE and times != 0:
@@ -97,4 +98,5 @@ def pass_over(dataset: Iterable, iterations: int) -> None:
 
 
 def can_pass_over(dataset: Iterable) -> bool:
+    """Whether it can be told how often an iteration of the pipeline iterates each shuffle that counts."""
     return all(shuffle.times is not None or not shuffle.again for shuffle in shuffles(dataset))
